@@ -79,16 +79,16 @@ class ModelConfig(Settings):
     topk_group: int = Field(1, gt=0)
 
     # the whole model
-    residual: Literal["prenorm", "ngpt"] = "prenorm"
     tie_embeddings: bool = False
     mtp_pattern: str = ""  # the block that predicts one token further, e.g. "*E"; empty: none
     mtp_depth: int = Field(1, gt=0)  # depths trained; the weights are the same at every depth
     layer_norm_epsilon: float = Field(1e-5, ge=0)
     initializer_range: float = Field(0.02, gt=0)
     max_position_embeddings: int = Field(4096, gt=0)  # a note about training: nothing depends on it
-    pad_token_id: int = Field(0, ge=0)
-    bos_token_id: int = Field(1, ge=0)
-    eos_token_id: int = Field(2, ge=0)
+    pad_token_id: int | None = Field(0, ge=0)  # None, here and below: the model has no such token
+    bos_token_id: int | None = Field(1, ge=0)
+    eos_token_id: int | None = Field(2, ge=0)
+    stop_token_ids: tuple[int, ...] = ()  # further ids that end a text, where the hub lists several, as in [2, 11]
 
     @property
     def mamba_width(self) -> int:
@@ -108,7 +108,9 @@ class ModelConfig(Settings):
         check_letters("mtp_pattern", self.mtp_pattern, {k: v for k, v in LETTERS.items() if k != "M"})
         letters = set(self.pattern + self.mtp_pattern)
         if letters & set(ATTENTION):
-            check_divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+            check_divides(
+                "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+            )
         if letters & set("RW"):
             check_divides("head_dim", self.head_dim, "2 (rotary pairs)", 2)
         if "M" in letters:
@@ -122,7 +124,9 @@ def check_letters(field: str, pattern: str, allowed: dict[str, str]) -> None:
     for place, letter in enumerate(pattern):
         if letter not in allowed:
             known = ", ".join(f"{k} ({v})" for k, v in allowed.items())
-            raise Refusal(f"{field} has {letter!r} at place {place}", known, f"correct the letter in {field} = {pattern!r}")
+            raise Refusal(
+                f"{field} has {letter!r} at place {place}", known, f"correct the letter in {field} = {pattern!r}"
+            )
 
 
 def check_divides(field: str, value: int, divisor_field: str, divisor: int) -> None:
