@@ -1,0 +1,1 @@
+"""What the model is. Shape letters: see trimaran.ops."""

@@ -1,0 +1,52 @@
+"""Attention mixers: `*` without positions, `R` with rotary positions, `W` rotary inside a sliding window.
+
+Grouped key-value heads, no biases, optional RMS norm of queries and keys per head (Qwen3), scale head_dim^-1/2.
+Rotary positions count from the start of the token's document.
+"""
+
+from torch import Tensor, nn
+
+from trimaran.model.config import ModelConfig
+from trimaran.model.layout import Layout
+from trimaran.model.linear import Linear
+from trimaran.model.norm import RMSNorm
+from trimaran.model.state import AttentionState
+from trimaran.ops import rope
+from trimaran.ops.attention import attention
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, letter: str):
+        super().__init__()
+        self.heads, self.groups, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.rotary, self.window = letter in "RW", config.sliding_window if letter == "W" else None
+        self.theta = config.rope_theta
+        self.scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.groups * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.groups * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.layer_norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.layer_norm_epsilon) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, layout: Layout, state: AttentionState | None, keys: int) -> Tensor:
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
+        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, self.head_dim))
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if self.rotary:
+            freq = rope.rope_frequencies(self.head_dim, self.theta, x_BTD.device, self.scaling)
+            cos, sin = layout.rotary_table(freq, (self.head_dim, self.theta), q_BTHK.dtype)
+            q_BTHK, k_BTGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BTGK, cos, sin)
+        if state is not None:
+            k_BTGK, v_BTGK = state.extend(k_BTGK, v_BTGK, layout, keys)
+        mask, causal = layout.mask(keys, self.window)
+        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, causal, self.head_dim**-0.5)
+        return self.o_proj(out_BTHK.flatten(2))

@@ -1,0 +1,253 @@
+"""The hybrid language model: embedding, one residual block per pattern letter, final norm, head, optional draft block.
+
+- pre-norm residual blocks, x + mixer(norm(x)); RMS norm; no biases; no dropout; untied embeddings unless asked
+- positions only in `R` and `W` blocks; `M` carries order for the rest
+- one forward for training, prefill and decoding: tokens, the document each belongs to, and an optional state
+- parameter names are the hub's own; experts are stacked
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trimaran.errors import Refusal
+from trimaran.model.attention import Attention
+from trimaran.model.config import ATTENTION, ModelConfig
+from trimaran.model.feedforward import FeedForward
+from trimaran.model.layout import Layout, lay_out
+from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHead
+from trimaran.model.mamba import Mamba
+from trimaran.model.moe import MoE, Router
+from trimaran.model.norm import RMSNorm
+from trimaran.model.state import State
+from trimaran.ops.numbers import parameter_dtype
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)) for one pattern letter."""
+
+    def __init__(self, config: ModelConfig, letter: str):
+        super().__init__()
+        self.letter = letter
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer: Mamba | Attention | MoE | FeedForward
+        if letter == "M":
+            self.mixer = Mamba(config)
+        elif letter in ATTENTION:
+            self.mixer = Attention(config, letter)
+        elif letter == "E":
+            self.mixer = MoE(config)
+        else:
+            self.mixer = FeedForward(config, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
+        h_BTD = self.norm(x_BTD)
+        if self.letter == "-":
+            return x_BTD + self.mixer(h_BTD)
+        if self.letter == "E":
+            return x_BTD + self.mixer(h_BTD, layout)
+        if self.letter == "M":
+            return x_BTD + self.mixer(h_BTD, layout, state)
+        return x_BTD + self.mixer(h_BTD, layout, state, keys)
+
+
+def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: State | None) -> Tensor:
+    """All blocks of a stack in order."""
+    keys = layout.length if state is None else state.keys(layout)
+    for index, block in enumerate(blocks):
+        x_BTD = block(x_BTD, layout, None if state is None else state.layers[index], keys)
+    return x_BTD
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class MTP(nn.Module):
+    """The draft block (multi-token prediction): from h_t and token t+1 to a hidden vector that predicts token t+2.
+
+    x = eh_proj([enorm(Emb(next)) ; hnorm(h)]), the block's own layers, final_layernorm. The same weights serve every
+    depth: the output, with the token after next, is the input of the next depth. Embedding and head are the trunk's.
+    """
+
+    def __init__(self, config: ModelConfig, trunk: Backbone):
+        super().__init__()
+        # In a tuple, so that the trunk is not registered a second time under this module's name.
+        self.trunk = (trunk,)
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.mtp_pattern)
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        first, last = self.layers[0], self.layers[-1]
+        first.enorm, first.hnorm = RMSNorm(width, eps), RMSNorm(width, eps)
+        first.eh_proj = Linear(2 * width, width)
+        last.final_layernorm = RMSNorm(width, eps)
+
+    def forward(
+        self, hidden_BTD: Tensor, next_BT: Tensor, doc_ids: Tensor | None = None, state: State | None = None
+    ) -> Tensor:
+        """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
+        first, last, embeddings = self.layers[0], self.layers[-1], self.trunk[0].embeddings
+        layout = begin(next_BT, doc_ids, state)
+        next_BT = checked(layout, next_BT, embeddings.vocab_size)
+        if layout.order_BT is not None:
+            hidden_BTD = hidden_BTD.gather(1, layout.order_BT[..., None].expand_as(hidden_BTD))
+        joined = torch.cat([first.enorm(embeddings(next_BT)), first.hnorm(hidden_BTD)], -1)
+        x_BTD = run_blocks(self.layers, first.eh_proj(joined), layout, state)
+        if state is not None:
+            state.advance(layout, doc_ids)
+        return layout.restore(last.final_layernorm(x_BTD))
+
+
+class HybridModel(nn.Module):
+    """The whole model. `version` counts changes of the weights; whoever caches something derived from them compares it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.version = config, 0
+        self.backbone = Backbone(config)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.mtp = MTP(config, self.backbone) if config.mtp_pattern else None
+
+    @property
+    def head(self) -> Head | TiedHead:
+        """The module from hidden vectors to logits."""
+        return TiedHead(self.backbone.embeddings) if self.config.tie_embeddings else self.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.norm_f.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.norm_f.weight.dtype
+
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, state: State | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, vocab] in at least fp32; advances `state` when given."""
+        return self.head(self.hidden(tokens, doc_ids, state))
+
+    def hidden(self, tokens_BT: Tensor, doc_ids: Tensor | None = None, state: State | None = None) -> Tensor:
+        """Hidden vectors after the final norm [B, T, D].
+
+        doc_ids [B, T]: the same id as the token before continues its document, another begins one (nothing is seen
+        across the border), -1 is padding, which updates nothing and comes out as zeros.
+        """
+        layout = begin(tokens_BT, doc_ids, state)
+        if state is not None and state.version != self.version:
+            raise RuntimeError(
+                f"state of weights version {state.version}, model is at {self.version}: make a new state"
+            )
+        tokens_BT = checked(layout, tokens_BT, self.config.vocab_size)
+        x_BTD = run_blocks(self.backbone.layers, self.backbone.embeddings(tokens_BT), layout, state)
+        if state is not None:
+            state.advance(layout, doc_ids)
+        return layout.restore(self.backbone.norm_f(x_BTD))
+
+    def new_state(self, batch: int, device: torch.device | None = None) -> State:
+        """An empty state for `batch` rows."""
+        device = device or self.device
+        state = State(self.config.pattern, batch, self.config, device, self.dtype)
+        state.version = self.version
+        for index, block in enumerate(self.backbone.layers):
+            if isinstance(block.mixer, Mamba):
+                state.decays[index] = block.mixer.decay_rates().detach()
+        if self.config.mtp_pattern:
+            state.mtp = State(self.config.mtp_pattern, batch, self.config, device, self.dtype)
+            state.mtp.version = self.version
+        return state
+
+    def save(self, path: str) -> None:
+        """Writes the hub layout: config.json and safetensors."""
+        from trimaran.model import hub
+
+        hub.save(self, path)
+
+
+def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: State | None) -> Layout:
+    """The layout of a pass, from the state's rows when there is one."""
+    if tokens_BT.ndim != 2 or not tokens_BT.shape[1]:
+        raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}: give [batch, length] with length >= 1")
+    batch, length = tokens_BT.shape
+    if state is None:
+        return lay_out(batch, length, tokens_BT.device, doc_ids)
+    if state.batch != batch:
+        raise ValueError(f"the state holds {state.batch} rows, tokens {batch}: use new_state(batch={batch}) or fork")
+    return state.lay_out(length, doc_ids)
+
+
+def checked(layout: Layout, tokens_BT: Tensor, vocab_size: int) -> Tensor:
+    """Tokens with padding on the right (as id 0), refused when an id is outside the vocabulary."""
+    tokens_BT = layout.arrange(tokens_BT)
+    real_BT = layout.real_BT
+    if real_BT is not None:
+        tokens_BT = tokens_BT.where(real_BT, 0)
+    # On an accelerator this look would wait for the device; its own embedding kernel asserts there.
+    if tokens_BT.device.type == "cpu":
+        low, high = (int(t) for t in tokens_BT.aminmax())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise Refusal(
+                f"token id {bad}", f"0 to {vocab_size - 1}", "encode the text with this model's own tokenizer"
+            )
+    return tokens_BT
+
+
+def build(
+    config: ModelConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+) -> HybridModel:
+    """A model with freshly drawn weights; device "meta" allocates nothing. seed None: torch's global generator."""
+    with torch.device("meta"):
+        model = HybridModel(config)
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            asked = torch.empty_like(tensor, device=device, dtype=parameter_dtype(name, dtype))
+            setattr(module, name, nn.Parameter(asked))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(tensor, device=device, dtype=parameter_dtype(name, dtype)))
+    if torch.device(device).type != "meta":
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: HybridModel, seed: int | None = 0) -> None:
+    """Megatron-LM's rules for hybrids: N(0, std) everywhere, residual-out maps N(0, std / sqrt(blocks)), D = 1,
+    A uniform in [1, 16), dt log-uniform in [time_step_min, time_step_max], convolutions uniform in +-1/sqrt(taps)."""
+    config = model.config
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    std, out_std = config.initializer_range, config.initializer_range / math.sqrt(len(config.pattern))
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, StackedLinear)):
+            residual_out = name.rsplit(".", 1)[-1] in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
+            module.weight.normal_(0, out_std if residual_out else std, generator=generator)
+        elif isinstance(module, (Embedding, Router)):
+            module.weight.normal_(0, std, generator=generator)
+            if isinstance(module, Router) and config.router == "sigmoid":
+                module.e_score_correction_bias.zero_()
+        elif isinstance(module, RMSNorm):
+            module.weight.fill_(1)
+        elif isinstance(module, Mamba):
+            initialise_mamba(module, config, generator)
+
+
+def initialise_mamba(mixer: Mamba, config: ModelConfig, generator: torch.Generator | None) -> None:
+    mixer.D.fill_(1)
+    mixer.A_log.uniform_(1, 16, generator=generator).log_()
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    dt = mixer.dt_bias.uniform_(low, high, generator=generator).exp_().clamp_(min=config.time_step_floor)
+    mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+    bound = 1 / math.sqrt(config.conv_kernel)
+    mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.uniform_(-bound, bound, generator=generator)

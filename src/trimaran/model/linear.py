@@ -1,0 +1,81 @@
+"""The one place where a weight is stored and applied.
+
+Modules call `self.proj(x)` and never read `.weight`, so a rewrite (packing, quantisation, LoRA, sharding) that swaps
+one of these classes changes every use at once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimaran.ops import experts
+from trimaran.ops.numbers import at_least_fp32
+
+
+class Linear(nn.Module):
+    """y = W x, W [out, in]. The whole family has no biases."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}"
+
+
+class StackedLinear(nn.Module):
+    """One linear map per expert, W [E, out, in], applied to rows laid out by `ops.experts`."""
+
+    def __init__(self, count: int, in_features: int, out_features: int):
+        super().__init__()
+        self.count, self.in_features, self.out_features = count, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
+
+    def forward(self, x: Tensor, plan: experts.Dispatch) -> Tensor:
+        """x: [E, capacity, in] padded or [M, in] sorted -> the same with `out`."""
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):  # the grouped product does not know autocast
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return experts.grouped_linear(x, weight, plan.count_E)
+
+    def extra_repr(self) -> str:
+        return f"{self.count} x ({self.in_features} -> {self.out_features})"
+
+
+class Embedding(nn.Module):
+    """A row of W [vocab, D] per token."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.vocab_size, self.width = vocab_size, width
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden . row for every row: what a tied head computes."""
+        return F.linear(hidden, self.weight)
+
+
+class Head(Linear):
+    """Hidden -> logits, held in at least fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return at_least_fp32(super().forward(x))
+
+
+class TiedHead(nn.Module):
+    """A head that borrows the embedding; made when asked for, so that the weight has one owner and one name."""
+
+    def __init__(self, embeddings: Embedding):
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return at_least_fp32(self.embeddings.scores(x))

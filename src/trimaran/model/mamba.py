@@ -1,0 +1,87 @@
+"""The Mamba-2 mixer.
+
+- one input projection, rows in the order z, x, B, C, dt; x, B and C pass the short convolution and SiLU together
+- dt = softplus(dt_raw + dt_bias), never clamped; A = -exp(A_log) per head
+- the recurrence of ops.ssd, then D * x, then a norm gated by z, then the output projection
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimaran.model.config import ModelConfig
+from trimaran.model.layout import Layout
+from trimaran.model.linear import Linear
+from trimaran.model.norm import GatedRMSNorm
+from trimaran.model.state import MambaState
+from trimaran.ops import conv, ssd
+from trimaran.ops.numbers import at_least_fp32
+
+
+class CausalConv(nn.Module):
+    """Filters [C, 1, W] and bias [C] of the short convolution."""
+
+    def __init__(self, channels: int, taps: int, bias: bool):
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor:
+        return conv.causal_conv(x_BTC, self.weight[:, 0], self.bias, tail_BWC, seg_BT)
+
+
+class Mamba(nn.Module):
+    """Mamba-2 mixer [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.groups, self.size, self.chunk = config.n_groups, config.ssm_state_size, config.chunk_size
+        self.width, self.conv_width = config.mamba_width, config.conv_width
+        self.in_proj = Linear(config.hidden_size, self.width + self.conv_width + self.heads)
+        self.conv1d = CausalConv(self.conv_width, config.conv_kernel, config.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm(self.width, self.groups, config.layer_norm_epsilon)
+        self.out_proj = Linear(self.width, config.hidden_size)
+
+    def decay_rates(self) -> Tensor:
+        """A, negative, per head."""
+        return -torch.exp(at_least_fp32(self.A_log))
+
+    def forward(self, x_BTD: Tensor, layout: Layout, state: MambaState | None) -> Tensor:
+        z_BTC, inputs_BTC, dt_BTH = self.in_proj(x_BTD).split([self.width, self.conv_width, self.heads], -1)
+        seg_BT = layout.seg_BT
+        tail_BWC = None if state is None else state.tail
+        mixed_BTC = F.silu(self.conv1d(inputs_BTC, tail_BWC, seg_BT))
+        xs_BTC, B_BTC, C_BTC = mixed_BTC.split([self.width, self.groups * self.size, self.groups * self.size], -1)
+        xs_BTHP = xs_BTC.unflatten(-1, (self.heads, self.head_dim))
+        B_BTGN, C_BTGN = (t.unflatten(-1, (self.groups, self.size)) for t in (B_BTC, C_BTC))
+        dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(self.dt_bias))
+        real_BT = layout.real_BT
+        if real_BT is not None:
+            dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
+        y_BTHP, ssm_BHPN = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, state, seg_BT)
+        if state is not None:
+            tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, tail_BWC, seg_BT, layout.count_B)
+            state.advance(inputs_BTC, xs_BTHP, B_BTGN, dt_BTH, tail_BWC, ssm_BHPN)
+        y_BTHP = y_BTHP + xs_BTHP * at_least_fp32(self.D)[:, None]
+        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
+
+    def scan(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        state: MambaState | None,
+        seg_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence: stepwise for one token of a running document, chunked otherwise."""
+        A_H, before = self.decay_rates(), None if state is None else state.ssm
+        if before is not None and x_BTHP.shape[1] == 1 and seg_BT is None:
+            y, after = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before)
+            return y[:, None], after
+        return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, seg_BT, self.chunk)

@@ -1,0 +1,149 @@
+"""Experts: a fp32 router over the full hidden vector, stacked experts (optionally in a latent space), a shared expert.
+
+- sigmoid router (DeepSeek-V3, Nemotron 3): the k largest of score + bias are chosen, the bias is a buffer that training
+  nudges for balance; combine weights are the unbiased scores of the chosen, normalised, times a factor
+- group-limited choice: a group's score is the sum of its two largest biased scores; only the best groups compete
+- softmax router (Qwen3): the k largest probabilities
+- latent experts: down to L once, all experts in L, the weighted sum back up once; router and shared expert see D
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimaran.model.config import ModelConfig
+from trimaran.model.feedforward import FeedForward, activate
+from trimaran.model.layout import Layout
+from trimaran.model.linear import Linear, StackedLinear
+from trimaran.ops import experts
+from trimaran.ops.numbers import at_least_fp32
+
+PADDED_ROWS = 64  # below this many rows per expert on average the padded layout is the faster one
+
+
+@dataclass
+class RouterStats:
+    """What one forward tells the balancer: choices per expert [E], and the sequence balance loss (differentiable)."""
+
+    load_E: Tensor
+    aux: Tensor
+
+
+class Router(nn.Module):
+    """Chooses k experts per token and their combine weights, in at least fp32."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.router == "sigmoid":
+            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=wide))
+
+    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, D] -> scores [tokens, E], chosen ids [tokens, k], weights [tokens, k]."""
+        config = self.config
+        with torch.autocast(x_MD.device.type, enabled=False):
+            logits_ME = F.linear(at_least_fp32(x_MD), at_least_fp32(self.weight))
+        if config.router == "softmax":
+            scores_ME = logits_ME.softmax(-1)
+            biased_ME = scores_ME
+        else:
+            scores_ME = logits_ME.sigmoid()
+            biased_ME = scores_ME + self.e_score_correction_bias
+        ids_MK = self.limit_groups(biased_ME).topk(config.num_experts_per_tok, sorted=False).indices
+        weights_MK = scores_ME.gather(1, ids_MK)
+        if config.norm_topk_prob:
+            # the 1e-20 of the sigmoid family guards a row whose scores all underflow
+            tiny = 1e-20 if config.router == "sigmoid" else 0.0
+            weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + tiny)
+        return scores_ME, ids_MK, weights_MK * config.routed_scaling_factor
+
+    def limit_groups(self, biased_ME: Tensor) -> Tensor:
+        """-inf for experts outside the topk_group best groups."""
+        groups, kept = self.config.n_group, self.config.topk_group
+        if kept == groups:
+            return biased_ME
+        grouped_MGE = biased_ME.unflatten(1, (groups, -1))
+        score_MG = grouped_MGE.topk(min(2, grouped_MGE.shape[-1])).values.sum(-1)
+        best_MG = score_MG.topk(kept, sorted=False).indices
+        allowed_MG = torch.zeros_like(score_MG, dtype=torch.bool).scatter(1, best_MG, True)
+        return grouped_MGE.masked_fill(~allowed_MG[..., None], -torch.inf).flatten(1)
+
+
+class Experts(nn.Module):
+    """E feed-forwards of the same shape, stacked; inputs of width I (D or L)."""
+
+    def __init__(self, config: ModelConfig, width: int):
+        super().__init__()
+        count, hidden = config.n_routed_experts, config.moe_intermediate_size
+        self.count = count
+        self.up_proj = StackedLinear(count, width, hidden)
+        self.gate_proj = StackedLinear(count, width, hidden) if config.ffn == "swiglu" else None
+        self.down_proj = StackedLinear(count, hidden, width)
+
+    def forward(self, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        rows = ids_MK.numel()
+        padded = 2 * self.count < rows < PADDED_ROWS * self.count
+        plan = experts.dispatch(ids_MK, weights_MK, self.count, padded)
+        routed = experts.to_experts(x_MI, plan)
+        gate = None if self.gate_proj is None else self.gate_proj(routed, plan)
+        out = self.down_proj(activate(self.up_proj(routed, plan), gate), plan)
+        return experts.from_experts(out, plan, len(x_MI))
+
+
+class MoE(nn.Module):
+    """Router, experts, shared expert: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        latent, hidden = config.moe_latent_size, config.hidden_size
+        self.gate = Router(config)
+        self.experts = Experts(config, latent or hidden)
+        shared = config.moe_shared_expert_intermediate_size
+        self.shared_experts = FeedForward(config, shared) if shared else None
+        self.fc1_latent_proj = Linear(hidden, latent) if latent else None
+        self.fc2_latent_proj = Linear(latent, hidden) if latent else None
+        self.stats: list[RouterStats] = []
+
+    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        x_MD = x_BTD.flatten(0, 1)
+        scores_ME, ids_MK, weights_MK = self.gate(x_MD)
+        if self.training and torch.is_grad_enabled():
+            self.stats.append(router_stats(scores_ME, ids_MK, layout))
+        routed = x_MD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_MD)
+        routed = self.experts(routed, ids_MK, weights_MK).to(routed.dtype)
+        if self.fc2_latent_proj is not None:
+            routed = self.fc2_latent_proj(routed)
+        if self.shared_experts is not None:
+            routed = routed + self.shared_experts(x_MD)
+        return routed.view_as(x_BTD)
+
+    def take_stats(self) -> list[RouterStats]:
+        """The statistics of the training forwards since the last call, one entry each; forgets them."""
+        taken, self.stats = self.stats, []
+        return taken
+
+
+def router_stats(scores_ME: Tensor, ids_MK: Tensor, layout: Layout) -> RouterStats:
+    """Load per expert and the sequence balance loss, E * sum_e f_e P_e averaged over rows (1 when balanced).
+
+    f_e: share of the row's choices that went to e; P_e: mean over the row of the scores normalised to sum 1
+    (GShard's loss per sequence, as in DeepSeek-V3 and the Nemotron-3 recipes). Padding counts nowhere.
+    """
+    experts_count, batch = scores_ME.shape[1], layout.batch
+    chosen_ME = torch.zeros_like(scores_ME).scatter_(1, ids_MK, 1.0)
+    share_ME = scores_ME / scores_ME.sum(-1, keepdim=True)
+    real_BT = layout.real_BT
+    if real_BT is not None:
+        real_M1 = real_BT.flatten()[:, None]
+        chosen_ME, share_ME = chosen_ME * real_M1, share_ME * real_M1
+    tokens_B1 = layout.length if layout.count_B is None else layout.count_B.clamp(min=1)[:, None]
+    load_BE = chosen_ME.view(batch, -1, experts_count).sum(1)
+    share_BE = share_ME.view(batch, -1, experts_count).sum(1) / tokens_B1
+    fraction_BE = load_BE / (tokens_B1 * ids_MK.shape[1])
+    return RouterStats(load_BE.sum(0).detach(), experts_count * (fraction_BE * share_BE).sum(-1).mean())

@@ -1,0 +1,29 @@
+"""The two norms as modules; the maths is in ops.norm."""
+
+import torch
+from torch import Tensor, nn
+
+from trimaran.ops import norm
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis with a weight per channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm.rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    """Mamba-2's output norm: gate first, then RMS per group."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        super().__init__(width, eps)
+        self.groups = groups
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        return norm.gated_rms_norm(y, gate, self.weight, self.groups, self.eps)
