@@ -297,11 +297,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def nearby(path: Path) -> tuple[str, str]:
     """What is allowed and the next step where `path` should be a recipe."""
-    folder = path.parent if path.parent.is_dir() else Path(".")
-    found = nearest_first(path.name, [p.name for p in folder.glob("*.toml")])[:SHOWN]
+    recipes = {str(found) for found in (*path.parent.glob("*.toml"), *Path("recipes").glob("*/*.toml"))}
+    found = nearest_first(str(path), sorted(recipes - {"pyproject.toml"}))[:SHOWN]
     if not found:
         return "the path of a TOML recipe", "give one, such as recipes/laptop/text.toml of the repository"
-    return f"a recipe, in {folder}: {', '.join(found)}", f"did you mean {folder / found[0]}?"
+    return f"a recipe, such as {', '.join(found)}", f"did you mean {found[0]}?"
 
 
 def key_of(text: str) -> str:

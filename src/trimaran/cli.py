@@ -1,0 +1,214 @@
+"""The command line: `trimaran VERB TARGET [ARGS] [dotted.key=value ...]`.
+
+A verb is a row of `VERBS`: the "module:function" that carries it out, imported when called, so that `--help` imports
+no torch. The function is `main(target, overrides, *args, **flags) -> int | None`:
+
+    target      the first word, a str; None for a verb that has no target
+    overrides   the words of the form dotted.key=value, unparsed and in order, for `trimaran.config.load`
+    *args       the other words, at most as many as the row names in `args`
+    **flags     one bool for each switch the row declares in `flags`
+
+What it returns is the exit code (None: 0). A `Refusal` is printed on one line and exits 2, Ctrl-C exits 130, and any
+other exception is a bug and keeps its traceback.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from trimaran.errors import Refusal, nearest_first
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the command line. `flags` are switches with their help; a value is always an override."""
+
+    function: str
+    summary: str  # fits one line of --help
+    about: str  # what -h adds to it
+    examples: tuple[str, str]
+    target: str | None = None
+    args: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `trimaran train` does for one `stage` of a recipe: which settings to read and which function takes them."""
+
+    settings: str
+    main: str
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "trimaran.demo.run:main",
+        "Train a small hybrid on Python's own standard library, offline.",
+        "Trains a tokenizer and a model with Mamba-2, attention, latent experts and a draft block, draws its loss, "
+        "compares it with a bigram model, prints samples and leaves a run folder that chat and generate open.",
+        examples=("trimaran demo", "trimaran demo seed=1 run=runs/second"),
+    ),
+    "train": Verb(
+        "trimaran.cli:train",
+        "Carry out a recipe; the same command again resumes it.",
+        "RECIPE is a TOML file, or a run folder that holds one.",
+        examples=(
+            "trimaran train recipes/laptop/text.toml data.path=notes/",
+            "trimaran train recipes/laptop/text.toml data.path=book.txt train.steps=200 run=runs/book",
+        ),
+        target="RECIPE",
+    ),
+    "show": Verb(
+        "trimaran.model.show:main",
+        "Draw a model's layers; count parameters, bytes and FLOPs.",
+        "Nothing is allocated, so any preset can be shown on any machine.",
+        examples=("trimaran show nano-3", "trimaran show runs/demo --json"),
+        target="PRESET|FOLDER",
+        flags={"json": "Print one JSON document instead."},
+    ),
+    "chat": Verb(
+        "trimaran.engine.chat:main",
+        "Talk with a model in the terminal.",
+        "A base model says that it is one and completes plain text.",
+        examples=("trimaran chat runs/demo", "trimaran chat runs/demo temperature=0.7 max_tokens=200"),
+        target="FOLDER",
+    ),
+    "generate": Verb(
+        "trimaran.engine.generate:main",
+        "Continue a prompt.",
+        "Words after -- are the prompt, whatever they look like.",
+        examples=(
+            'trimaran generate runs/demo "def main("',
+            'trimaran generate runs/demo "import os" temperature=0.8 samples=3 seed=1',
+        ),
+        target="FOLDER",
+        args=("PROMPT",),
+    ),
+}
+
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 2 refused, 130 interrupted; a bug keeps its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What follows "--" is text, whatever it looks like; typer would drop the mark without telling.
+    border = words.index("--") if "--" in words else len(words)
+    words, literal = words[:border], words[border + 1 :]
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        known = nearest_first(verb, VERBS)
+        refuse(Refusal(f"unknown verb {verb!r}", ", ".join(known), f"did you mean: trimaran {known[0]}?"))
+    app()(args=words, obj=literal, prog_name="trimaran")
+    sys.exit(0)
+
+
+def refuse(problem: Refusal) -> NoReturn:
+    """Prints a refusal on one line of stderr and exits with code 2."""
+    print("trimaran: " + " ".join(str(problem).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def app() -> typer.Typer:
+    """The verbs as a typer application."""
+    plain = {"help_option_names": ["-h", "--help"]}
+    root = typer.Typer(
+        rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, context_settings=plain
+    )
+    root.callback(
+        options_metavar="[-h] [--version]",
+        subcommand_metavar="VERB TARGET [ARGS] [dotted.key=value]...",
+        invoke_without_command=True,
+        epilog="Settings are written in recipes and changed on the command line as dotted.key=value.\n\n"
+        "trimaran VERB -h shows a verb with examples.",
+    )(welcome)
+    for name, verb in VERBS.items():
+        root.command(
+            name,
+            help=f"{verb.summary}\n\n{verb.about}",
+            short_help=verb.summary,
+            epilog="\b\nExamples:\n  " + "\n  ".join(verb.examples),
+            options_metavar=" ".join(["[-h]", *(f"[--{flag}]" for flag in verb.flags)]),
+        )(command(name, verb))
+    return root
+
+
+def welcome(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
+    """Hybrid language models (Mamba-2, attention, experts) through their whole life."""
+    if version:
+        from importlib import metadata
+
+        print(f"trimaran {metadata.version('trimaran')}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def command(name: str, verb: Verb) -> Callable[..., None]:
+    """The function typer calls for a verb, with the signature that its row describes."""
+
+    def run(context: typer.Context, **given: Any) -> None:
+        words = [given.pop("target", None), *(given.pop(arg.lower(), None) for arg in verb.args), *given.pop("words")]
+        try:
+            code = call(name, verb, [word for word in words if word is not None], context.obj, given)
+        except Refusal as problem:
+            refuse(problem)
+        except KeyboardInterrupt:
+            print("\ntrimaran: interrupted", file=sys.stderr)
+            sys.exit(130)
+        sys.exit(code)
+
+    def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+    parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
+    if verb.target:
+        parameters.append(parameter("target", str, typer.Argument(..., metavar=verb.target, hidden=True)))
+    for arg in verb.args:
+        parameters.append(parameter(arg.lower(), str, typer.Argument(None, metavar=arg, hidden=True)))
+    parameters.append(parameter("words", list[str], typer.Argument((), metavar="dotted.key=value", hidden=True)))
+    for flag, text in verb.flags.items():
+        parameters.append(parameter(flag, bool, typer.Option(False, f"--{flag}", help=text)))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def call(name: str, verb: Verb, words: list[str], literal: list[str], flags: Mapping[str, bool]) -> int:
+    """Sorts the words into target, overrides and the rest, and calls the verb's function."""
+    from trimaran.config import OVERRIDE, imported
+
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    rest = [word for word in words if not OVERRIDE.match(word)] + literal
+    target = None
+    if verb.target:
+        if not rest:
+            raise Refusal(f"{name} without a target", f"trimaran {name} {verb.target}", f"see trimaran {name} -h")
+        target = rest.pop(0)
+    if len(rest) > len(verb.args):
+        allowed = " ".join(["dotted.key=value", *(f"or one {arg}" for arg in verb.args)])
+        raise Refusal(f"{rest[len(verb.args)]!r} after trimaran {name}", allowed, f"see trimaran {name} -h")
+    return imported(verb.function)(target, overrides, *rest, **flags) or 0
+
+
+def train(target: str, overrides: list[str]) -> int | None:
+    """Reads the recipe (a TOML file, or a run folder that holds one), checks it whole, then hands it to its stage."""
+    from trimaran import config
+
+    path = Path(target)
+    if path.is_dir():
+        path = path / "recipe.toml"
+    tables = config.override(config.read(path), overrides)
+    if "stage" not in tables:
+        raise Refusal(f"{path} has no stage", ", ".join(STAGES), f'add stage = "{next(iter(STAGES))}" at its top')
+    stage: Stage = config.named(str(tables["stage"]), STAGES, "stage")
+    recipe = config.load(config.imported(stage.settings), path, overrides)
+    return config.imported(stage.main)(recipe)
