@@ -9,4 +9,3 @@ def _no_grad_leaks():
     """Every test starts with gradients on and the default dtype."""
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    yield

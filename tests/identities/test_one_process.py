@@ -1,8 +1,11 @@
 """The equalities that carry the promise, for every layer kind: how a sequence is cut, batched, padded, packed, cached
 or rolled back never changes its numbers."""
 
+import itertools
+
 import pytest
 import torch
+
 from tests.models import KINDS, random_documents, random_tokens, tiny
 
 LENGTHS = [1, 63, 100, 257]
@@ -54,7 +57,7 @@ def test_split_and_carry_equals_whole(kind, length, dtype):
     for cuts in ([length // 3], [1, length // 2, length - 1]):
         state, pieces = model.new_state(batch=2), []
         bounds = sorted({0, *cuts, length})
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             pieces.append(model(tokens[:, start:end], ids[:, start:end], state))
         close(torch.cat(pieces, 1), whole)
 
@@ -68,7 +71,7 @@ def test_packed_equals_separate(kind, length, dtype):
     packed = model(tokens, ids)
     for row in range(2):
         starts = [0, *((ids[row, 1:] != ids[row, :-1]).nonzero()[:, 0] + 1).tolist(), length]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             close(model(tokens[row : row + 1, start:end]), packed[row : row + 1, start:end])
 
 
@@ -165,7 +168,7 @@ def test_fork_repeats_and_reorders_rows(kind, dtype):
 @every_kind
 @every_dtype
 def test_gradients_do_not_depend_on_packing_or_state(kind, dtype):
-    """The gradient of a packed row is the sum of its documents' gradients, also when split and carried under autograd."""
+    """A packed row's gradient is the sum of its documents', also when split and carried under autograd."""
     length = 63
     tokens, ids = random_tokens(1, length), random_documents(1, length)
     starts = [0, *((ids[0, 1:] != ids[0, :-1]).nonzero()[:, 0] + 1).tolist(), length]
@@ -183,7 +186,7 @@ def test_gradients_do_not_depend_on_packing_or_state(kind, dtype):
         return loss(model(tokens[:, :20], ids[:, :20], state)) + loss(model(tokens[:, 20:], ids[:, 20:], state))
 
     packed = gradients(lambda m: loss(m(tokens, ids)))
-    separate = gradients(lambda m: sum(loss(m(tokens[:, a:b])) for a, b in zip(starts, starts[1:], strict=False)))
+    separate = gradients(lambda m: sum(loss(m(tokens[:, a:b])) for a, b in itertools.pairwise(starts)))
     carried = gradients(split)
     assert packed.keys() == separate.keys() == carried.keys()
     scale = max(g.abs().max() for g in packed.values())

@@ -7,6 +7,7 @@
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +84,20 @@ class MTP(nn.Module):
         self.trunk = (trunk,)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.mtp_pattern)
         width, eps = config.hidden_size, config.layer_norm_epsilon
-        first, last = self.layers[0], self.layers[-1]
+        first, last = self.ends()
         first.enorm, first.hnorm = RMSNorm(width, eps), RMSNorm(width, eps)
         first.eh_proj = Linear(2 * width, width)
         last.final_layernorm = RMSNorm(width, eps)
+
+    def ends(self) -> tuple[Any, Any]:
+        """The first and the last layer, under which the hub files the block's own norms and its input map."""
+        return self.layers[0], self.layers[-1]
 
     def forward(
         self, hidden_BTD: Tensor, next_BT: Tensor, doc_ids: Tensor | None = None, state: State | None = None
     ) -> Tensor:
         """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
-        first, last, embeddings = self.layers[0], self.layers[-1], self.trunk[0].embeddings
+        (first, last), embeddings = self.ends(), self.trunk[0].embeddings
         layout = begin(next_BT, doc_ids, state)
         next_BT = checked(layout, next_BT, embeddings.vocab_size)
         if layout.order_BT is not None:
@@ -105,7 +110,7 @@ class MTP(nn.Module):
 
 
 class HybridModel(nn.Module):
-    """The whole model. `version` counts changes of the weights; whoever caches something derived from them compares it."""
+    """The whole model. `version` counts changes of the weights; whoever caches what they imply compares it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -208,11 +213,11 @@ def build(
     with torch.device("meta"):
         model = HybridModel(config)
     for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            asked = torch.empty_like(tensor, device=device, dtype=parameter_dtype(name, dtype))
+        for name, parameter in module.named_parameters(recurse=False):
+            asked = torch.empty_like(parameter, device=device, dtype=parameter_dtype(name, dtype))
             setattr(module, name, nn.Parameter(asked))
-        for name, tensor in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(tensor, device=device, dtype=parameter_dtype(name, dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device, dtype=parameter_dtype(name, dtype)))
     if torch.device(device).type != "meta":
         initialise(model, seed)
     return model

@@ -1,7 +1,7 @@
 """Where the tokens of one forward pass stand: which row, which document, which position, which are padding.
 
 Worked out once per pass and shared by every layer. Padding anywhere in a row is moved to its right end first (and the
-outputs moved back), so layers only ever meet rows that are shorter than T: left padding changes nothing by construction.
+outputs moved back), so layers only meet rows that are shorter than T: left padding changes nothing by construction.
 """
 
 from dataclasses import dataclass, field

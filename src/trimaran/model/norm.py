@@ -18,12 +18,13 @@ class RMSNorm(nn.Module):
         return norm.rms_norm(x, self.weight, self.eps)
 
 
-class GatedRMSNorm(RMSNorm):
+class GatedRMSNorm(nn.Module):
     """Mamba-2's output norm: gate first, then RMS per group."""
 
     def __init__(self, width: int, groups: int, eps: float):
-        super().__init__(width, eps)
-        self.groups = groups
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         return norm.gated_rms_norm(y, gate, self.weight, self.groups, self.eps)

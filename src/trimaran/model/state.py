@@ -1,9 +1,9 @@
 """What a model remembers between passes: keys and values, convolution tails, SSM states, and where each row stands.
 
-`advance` happens inside the model's forward. `mark()` opens a trial; `keep(n_B)` closes it: of the tokens since the mark
-the first n of each row stay, the rest never happened. Attention forgets by shortening. Mamba cannot, so from the mark
-on it keeps the state at the mark untouched and a ring of what the trial tokens wrote (x, B, dt and the raw inputs of
-the convolution), and folds the accepted prefix when told how long it is. `fork` repeats, drops or reorders rows.
+`advance` happens inside the model's forward. `mark()` opens a trial; `keep(n_B)` closes it: of the tokens since the
+mark the first n of each row stay, the rest never happened. Attention forgets by shortening. Mamba cannot, so from the
+mark on it keeps the state at the mark untouched and a ring of what the trial tokens wrote (x, B, dt and the raw inputs
+of the convolution), and folds the accepted prefix when told how long it is. `fork` repeats, drops or reorders rows.
 
 Under autograd every update makes new tensors; without it, keys and values are written in place.
 """

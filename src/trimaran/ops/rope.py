@@ -11,8 +11,8 @@ def rope_frequencies(
 ) -> Tensor:
     """Angles per position for each of head_dim / 2 pairs, fp32.
 
-    scaling: Llama-3.1's rule: wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter
-    than original / high_freq_factor are kept, a linear ramp lies between.
+    scaling: Llama-3.1's rule: wavelengths longer than original / low_freq_factor are stretched by `factor`, those
+    shorter than original / high_freq_factor are kept, a linear ramp lies between.
     """
     freq = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     if scaling is None:
