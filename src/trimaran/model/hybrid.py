@@ -20,7 +20,7 @@ from trimaran.model.layout import Layout, lay_out
 from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHead
 from trimaran.model.mamba import Mamba
 from trimaran.model.moe import MoE, Router
-from trimaran.model.norm import RMSNorm
+from trimaran.model.norm import GatedRMSNorm, RMSNorm
 from trimaran.model.state import State
 from trimaran.ops.numbers import parameter_dtype
 
@@ -240,7 +240,7 @@ def initialise(model: HybridModel, seed: int | None = 0) -> None:
             module.weight.normal_(0, std, generator=generator)
             if isinstance(module, Router) and config.router == "sigmoid":
                 module.e_score_correction_bias.zero_()
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             module.weight.fill_(1)
         elif isinstance(module, Mamba):
             initialise_mamba(module, config, generator)
