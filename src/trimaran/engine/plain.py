@@ -1,0 +1,266 @@
+"""Batch generation, readable before fast: the oracle that a faster engine is held against.
+
+    prefill   the prompts, padded on the left, in blocks that carry the state; only the last place meets the head
+    draft     the model's draft block (MTP) proposes k tokens per row from the newest hidden vector
+    verify    one pass of the whole model over them; the sampler chooses after each as if there had been no draft,
+              and a row's drafts count as long as they are what was chosen
+    keep      each row keeps the tokens that count, the rest never happened; the choice after them comes for free
+
+Without a draft (k = 0) a pass is one token per row and nothing is taken back. Since a choice depends on the law and
+on (seed, sample, place) alone, drafting changes how many tokens a pass gives and never which, greedy or sampled.
+
+Shapes: B rows still growing, K = k + 1 tokens per pass, T pairs that the draft block has not read, D width, V ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimaran.engine.row import Output, Row, open_rows
+from trimaran.engine.sampler import Law, Sampling, draw
+from trimaran.errors import Refusal
+from trimaran.model.hybrid import HybridModel
+from trimaran.model.layout import PADDING
+from trimaran.model.state import State
+from trimaran.ops.numbers import at_least_fp32
+from trimaran.text.tokenizer import Tokenizer
+
+BLOCK = 2048  # prompt tokens per row and pass: bounds the memory of a long prompt's activations
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one pass gave to row `row` (a place in `generate`'s list): tokens and settled text; `output` at its end."""
+
+    row: int
+    tokens: list[int]
+    text: str
+    output: Output | None
+
+
+def generate(
+    model: HybridModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
+    *,
+    tokenizer: Tokenizer | None = None,
+    draft: int = 0,
+    block: int = BLOCK,
+) -> list[Output]:
+    """Continues all prompts (token ids) as one batch; an output for each sample of each prompt, in that order.
+
+    settings: for all prompts, or one per prompt. tokenizer: needed for text and stop strings; ids that it cannot spell
+    are then never chosen. draft: tokens that the model's draft block proposes per pass. block: prompt tokens per pass.
+    Raises `Refusal` for an empty prompt, ids outside the vocabulary, and a draft asked of a model without MTP.
+    """
+    pieces = stream(model, prompts, settings, tokenizer=tokenizer, draft=draft, block=block)
+    ended = {piece.row: piece.output for piece in pieces if piece.output is not None}
+    return [ended[row] for row in sorted(ended)]
+
+
+@torch.no_grad()
+def stream(
+    model: HybridModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
+    *,
+    tokenizer: Tokenizer | None = None,
+    draft: int = 0,
+    block: int = BLOCK,
+) -> Iterator[Piece]:
+    """`generate`, a piece at a time: every pass yields one piece for each row that grew."""
+    if draft and model.mtp is None:
+        raise Refusal(f"draft = {draft}", "0, for this model has no draft block (MTP)", "leave draft out")
+    each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
+    rows = open_rows(model.config, prompts, each, tokenizer)
+    if not rows:
+        return
+
+    # prefill
+    state, hidden_B1D = prefill(model, prompts, block, drafting=draft > 0)
+    of_row = torch.tensor([row.output.prompt for row in rows], device=model.device)
+    if len(rows) > len(prompts):
+        state, hidden_B1D = state.fork(of_row), hidden_B1D[of_row]
+    batch = Batch(model, rows, state, tokenizer, prompts)
+    yield from batch.take(hidden_B1D, batch.nothing_drafted())
+
+    while batch.rows:
+        # No row can use more drafts than it has room for, less the token that verification adds.
+        k = min(draft, max(row.room for row in batch.rows) - 1)
+
+        # draft
+        drafts_Bk = batch.draft(k) if k else batch.nothing_drafted()
+
+        # verify
+        if k:
+            batch.state.mark()
+        hidden_BKD = model.hidden(torch.cat([batch.newest_B1, drafts_Bk], 1), state=batch.state)
+
+        # keep
+        yield from batch.take(hidden_BKD, drafts_Bk)
+
+
+def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], block: int, drafting: bool) -> tuple[State, Tensor]:
+    """The state after all prompts, and the hidden vector of each one's last token [B, 1, D].
+
+    When drafting, the draft block has read every pair (hidden vector, token after it) that lies within a prompt.
+    """
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    tokens_BT = torch.tensor(padded, device=model.device)
+    ids_BT = None
+    if any(len(prompt) < longest for prompt in prompts):
+        starts_B1 = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=model.device)
+        ids_BT = torch.where(torch.arange(longest, device=model.device) < starts_B1, PADDING, 0)
+    state = model.new_state(len(prompts))
+    for start in range(0, longest, block):
+        part = slice(start, start + block)
+        hidden_BTD = model.hidden(tokens_BT[:, part], None if ids_BT is None else ids_BT[:, part], state)
+        next_BT = tokens_BT[:, start + 1 : start + 1 + block]
+        pairs = next_BT.shape[1]
+        if drafting and pairs:
+            assert model.mtp is not None
+            pair_ids_BT = None if ids_BT is None else ids_BT[:, start : start + pairs]
+            model.mtp(hidden_BTD[:, :pairs], next_BT, pair_ids_BT, state.mtp)
+    return state, hidden_BTD[:, -1:]
+
+
+class Batch:
+    """The rows that are still growing, and what the next pass starts from.
+
+    newest_B1: each row's newest token, which the state has not read yet. unread_*: pairs (hidden vector of the whole
+    model, token after it) that the draft block has not read yet; the last real one of each row is its newest.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        rows: list[Row],
+        state: State,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Sequence[int]],
+    ):
+        self.model, self.rows, self.state = model, rows, state
+        self.spelled = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        self.law = Law.of([row.settings for row in rows], model.device)
+        self.seen_BV: Tensor | None = None
+        if self.law.penalty_B1 is not None:
+            self.seen_BV = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=model.device)
+            for place, row in enumerate(rows):
+                self.seen_BV[place, torch.tensor(prompts[row.output.prompt], device=model.device)] = True
+        self.newest_B1: Tensor
+        self.unread_hidden_BTD: Tensor
+        self.unread_tokens_BT: Tensor
+        self.unread_B: Tensor
+
+    def nothing_drafted(self) -> Tensor:
+        return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.model.device)
+
+    def draft(self, k: int) -> Tensor:
+        """k tokens per row [B, k], each the draft block's likeliest after those before it."""
+        mtp, memory = self.model.mtp, self.state.mtp
+        assert mtp is not None and memory is not None
+        # What was kept is read with the whole model's hidden vectors, not with those that the drafting made up.
+        places_T = torch.arange(self.unread_tokens_BT.shape[1], device=self.model.device)
+        ids_BT = torch.where(places_T < self.unread_B[:, None], 0, PADDING)
+        hidden_BTD = mtp(self.unread_hidden_BTD, self.unread_tokens_BT, ids_BT, memory)
+        hidden_B1D = at_place(hidden_BTD, self.unread_B - 1)
+        seen_BV = None if self.seen_BV is None else self.seen_BV.clone()
+        drafts: list[Tensor] = []
+        memory.mark()
+        for depth in range(k):
+            if depth:
+                hidden_B1D = mtp(hidden_B1D, drafts[-1], state=memory)
+            logits_BV = self.spellable(self.model.head(hidden_B1D)[:, 0])
+            drafts.append(self.law.scores(logits_BV, seen_BV).argmax(-1, keepdim=True))
+            if seen_BV is not None:
+                seen_BV.scatter_(1, drafts[-1], True)
+        memory.keep(0)
+        return torch.cat(drafts, 1)
+
+    def take(self, hidden_BKD: Tensor, drafts_Bk: Tensor) -> list[Piece]:
+        """Chooses after each token just read, keeps what stands, lets finished rows leave; a piece per row."""
+        k = drafts_Bk.shape[1]
+        picks_BK, logprobs = self.choose(self.model.head(hidden_BKD), drafts_Bk)
+        accepted_B = (picks_BK[:, :k] == drafts_Bk).long().cumprod(1).sum(1)
+        if k:
+            self.state.keep(accepted_B + 1)
+        self.newest_B1 = picks_BK.gather(1, accepted_B[:, None])
+        self.unread_hidden_BTD, self.unread_tokens_BT, self.unread_B = hidden_BKD, picks_BK, accepted_B + 1
+        pieces = self.push(picks_BK.tolist(), accepted_B.tolist(), k, logprobs)
+        self.leave()
+        return pieces
+
+    def choose(self, logits_BKV: Tensor, drafts_Bk: Tensor) -> tuple[Tensor, list[list[list[float]]] | None]:
+        """The sampler's choice at each of the K places [B, K], the drafts before a place taken as said.
+
+        Also the choices' log-probabilities [B][K] (model's law, sampling law), where a row asks for them.
+        """
+        seen_BV = self.seen_BV.clone() if self.seen_BV is not None else None
+        picks, logprobs = [], []
+        for place in range(logits_BKV.shape[1]):
+            if seen_BV is not None and place:
+                seen_BV.scatter_(1, drafts_Bk[:, place - 1 : place], True)
+            logits_BV = self.spellable(logits_BKV[:, place])
+            if self.law.all_greedy:
+                pick_B = self.law.scores(logits_BV, seen_BV).argmax(-1)
+            else:
+                law_BV = self.law.probabilities(logits_BV, seen_BV)
+                pick_B = draw(law_BV, [row.uniform(place) for row in self.rows])
+            picks.append(pick_B)
+            if any(row.settings.logprobs for row in self.rows):
+                model_BV = at_least_fp32(logits_BKV[:, place]).log_softmax(-1)
+                law_BV = self.law.probabilities(logits_BV, seen_BV).log()
+                logprobs.append(torch.stack([t.gather(1, pick_B[:, None])[:, 0] for t in (model_BV, law_BV)], 1))
+        return torch.stack(picks, 1), torch.stack(logprobs, 1).tolist() if logprobs else None
+
+    def spellable(self, logits_BV: Tensor) -> Tensor:
+        """The logits, without hope for ids that the tokenizer lacks: models often round their vocabulary up."""
+        if self.spelled >= logits_BV.shape[-1]:
+            return logits_BV
+        logits_BV = logits_BV.clone()
+        logits_BV[:, self.spelled :] = -torch.inf
+        return logits_BV
+
+    def push(
+        self, picks: list[list[int]], accepted: list[int], k: int, logprobs: list[list[list[float]]] | None
+    ) -> list[Piece]:
+        """Hands each row its tokens, until it ends: an end token or stop string may stand inside the accepted run."""
+        pieces = []
+        for place, row in enumerate(self.rows):
+            output = row.output
+            output.passes += 1
+            output.drafted += min(k, row.room)
+            tokens, text = [], ""
+            for j in range(accepted[place] + 1):
+                tokens.append(picks[place][j])
+                text += row.push(tokens[-1], None if logprobs is None else logprobs[place][j])
+                if output.finish is not None:
+                    break
+            output.accepted += min(len(tokens), accepted[place])
+            if self.seen_BV is not None:
+                self.seen_BV[place, tokens] = True
+            pieces.append(Piece(row.number, tokens, text, output if output.finish is not None else None))
+        return pieces
+
+    def leave(self) -> None:
+        """Drops the rows that have ended; the rest go on as a smaller batch."""
+        staying = [place for place, row in enumerate(self.rows) if row.output.finish is None]
+        if len(staying) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in staying]
+        if not self.rows:
+            return
+        index = torch.tensor(staying, device=self.model.device)
+        self.state = self.state.fork(index)
+        self.law = Law.of([row.settings for row in self.rows], self.model.device)
+        self.seen_BV = None if self.seen_BV is None or self.law.penalty_B1 is None else self.seen_BV[index]
+        self.newest_B1, self.unread_B = self.newest_B1[index], self.unread_B[index]
+        self.unread_hidden_BTD, self.unread_tokens_BT = self.unread_hidden_BTD[index], self.unread_tokens_BT[index]
+
+
+def at_place(x_BTD: Tensor, place_B: Tensor) -> Tensor:
+    """x[b, place[b]] for each row: [B, 1, D]."""
+    return x_BTD.gather(1, place_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))
