@@ -83,7 +83,7 @@ def take(keys: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def take_shared(keys: dict[str, Any]) -> dict[str, Any]:
     """What every dialect spells alike: tied embeddings and token ids (null: no such token; a list of ends)."""
-    fields = {"tie_embeddings": bool(keys.pop("tie_word_embeddings", False))}
+    fields: dict[str, Any] = {"tie_embeddings": bool(keys.pop("tie_word_embeddings", False))}
     for name in ("pad_token_id", "bos_token_id"):
         if name in keys:
             fields[name] = keys.pop(name)

@@ -34,7 +34,9 @@ SHOWN = 4  # names listed per kind of mismatch
 __all__ = ["Saved", "load", "read_config", "save", "write_config"]
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> HybridModel:
+def load(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> HybridModel:
     """The model in a folder with config.json and safetensors, or a freshly drawn one for the name of a preset, in
     evaluation mode.
 
@@ -43,7 +45,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | tor
     """
     folder = Path(path)
     if not folder.is_dir():
-        return draw(str(path), dtype, device)
+        return draw(os.fspath(path), dtype, device)
     config = read_config(folder)
     model = build(config, "meta", dtype)
     files = weight_files(folder)
@@ -218,7 +220,7 @@ class Saved:
     note: str = ""
 
 
-def save(model: HybridModel, path: str | Path, *, shard_bytes: int = 5_000_000_000) -> Saved:
+def save(model: HybridModel, path: str | os.PathLike[str], *, shard_bytes: int = 5_000_000_000) -> Saved:
     """Writes config.json and the weights, in one file or in shards of at most `shard_bytes` with an index.
 
     Everything is written beside the old files first and renamed at the end. A model that no hub architecture computes
@@ -267,7 +269,8 @@ def check_savable(model: HybridModel) -> None:
 
 def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
     """Weights, and the index when there are several files. Returns the bytes of all tensors."""
-    shards, sizes = [[]], [0]
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    sizes = [0]
     weights = model.state_dict()
     for piece in all_pieces(model):
         tensor = weights[piece.name] if piece.expert is None else weights[piece.name][piece.expert]
@@ -277,7 +280,7 @@ def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
             sizes.append(0)
         shards[-1].append((piece.hub_name, tensor))
         sizes[-1] += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors: dict[str, Tensor] = {hub: tensor.detach().cpu().contiguous() for hub, tensor in shard}

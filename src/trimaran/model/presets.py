@@ -285,13 +285,13 @@ def llama3_405b() -> ModelConfig:
 def sized(size: str = "2m", vocab_size: int = 2048) -> tuple[ModelConfig, str]:
     """The Nemotron-3-shaped model nearest to `size` parameters in all, and the arithmetic that led to it.
 
-    size: a number with k, m or b. One width decides everything else (`of_width`); the widths are multiples of 32.
+    size: a number with k, m or b. One width decides everything else (`of_width`).
     """
     match = SIZE.fullmatch(size)
     if match is None:
         raise Refusal(f"size {size!r}", "a number with k, m or b, such as 2m or 1.5b", "write size=2m")
     wanted = float(match[1]) * UNITS[match[2]]
-    widths = range(32, 8193, 32)
+    widths = [*range(32, 128, 16), *range(128, 8193, 32)]  # whole Mamba heads
     smallest, largest = (count(of_width(w, vocab_size)[0]).total for w in (widths[0], widths[-1]))
     if not smallest / 1.5 <= wanted <= largest * 1.5:
         raise Refusal(

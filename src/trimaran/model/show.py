@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +26,8 @@ def main(target: str, overrides: list[str] | tuple[str, ...] = (), json: bool = 
     """Shows a preset, a size such as 2m, or a folder with config.json. `overrides` change fields of the model, for
     instance moe_latent_size=512; context=8192 chooses the context at which state and FLOPs are counted."""
     console = Console(highlight=False)
-    contexts, changes = CONTEXTS, []
+    contexts: tuple[int, ...] = CONTEXTS
+    changes: list[str] = []
     for text in overrides:
         if settings.key_of(text) == "context":
             contexts = (context_of(text),)
@@ -126,7 +128,7 @@ def draw(console: Console, content: dict[str, Any], model: ModelConfig | ShapeOn
     else:
         console.print(f"  {model.layers}\n  sized only: our layers have no {model.why}")
     for line in content["arithmetic"]:
-        console.print(f"  {line}", style="dim", soft_wrap=True)
+        console.print(Padding(line, (0, 0, 0, 2)), style="dim")
     console.print(parameter_table(content))
     console.print(memory_table(content))
 
@@ -141,7 +143,8 @@ def headline(content: dict[str, Any]) -> Text:
 
 def drawing(pattern: str) -> Text:
     """The pattern with a gap after each attention block, and the legend of its letters."""
-    rows, row = [], ""
+    rows: list[str] = []
+    row = ""
     for group in pattern.replace("*", "* ").replace("W", "W ").split():
         while len(group) > LINE:  # patterns without gaps, such as R-R-R-
             rows, group = [*rows, group[:LINE]], group[LINE:]

@@ -1,0 +1,70 @@
+"""What `trimaran show` prints: all in 80 columns, and the documented JSON."""
+
+import json
+
+import pytest
+
+from tests.models import KINDS, tiny_config
+from trimaran.errors import Refusal
+from trimaran.model.dialects import dump_json, write_config
+from trimaran.model.presets import PRESETS
+from trimaran.model.show import main
+
+
+@pytest.mark.parametrize("target", [*PRESETS, "2m", "1.5b"])
+def test_fits_a_terminal(target, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(target)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert target in printed and "FLOPs" in printed
+
+
+def test_super(capsys):
+    main("super-3")
+    printed = capsys.readouterr().out
+    for expected in ("123,611,033,088", "42,683", "12,770,237,440", "EMEMEMEMEM*", "draft block", "160 MiB"):
+        assert expected in printed
+
+
+def test_json(capsys):
+    main("super-3", json=True)
+    content = json.loads(capsys.readouterr().out)
+    assert content["parameters"]["total"] == 123_611_033_088 and content["parameters"]["tensors"] == 42683
+    assert content["blocks"] == {"M": 40, "*": 8, "E": 40} and content["model_type"] == "nemotron_h"
+    assert content["bytes"]["kv_per_token"] == 8192 and content["at_context"]["4096"]["flops_per_token"] > 2e10
+    assert sum(part["parameters"] for part in content["parts"].values()) == content["parameters"]["total"]
+    main("kimi-k2", json=True)
+    assert "latent attention" in json.loads(capsys.readouterr().out)["why_not"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder(kind, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(dump_json(write_config(tiny_config(kind))))
+    main(str(tmp_path), json=True)
+    assert json.loads(capsys.readouterr().out)["pattern"] == tiny_config(kind).pattern
+
+
+def test_changes(capsys):
+    main("super-3", ["moe_latent_size=512", "context=8192"], json=True)
+    content = json.loads(capsys.readouterr().out)
+    assert content["config"]["moe_latent_size"] == 512 and list(content["at_context"]) == ["8192"]
+    main("20m", ["vocab_size=32768"], json=True)
+    assert json.loads(capsys.readouterr().out)["config"]["vocab_size"] == 32768
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "named"),
+    [
+        ("nano3", [], "nano-3"),
+        ("./nowhere", [], "nowhere"),
+        ("super-3", ["moe_latent=512"], "moe_latent_size"),
+        ("kimi-k2", ["hidden_size=1"], "kimi-k2"),
+        ("nano-3", ["context=many"], "many"),
+        ("2x", [], "2x"),
+    ],
+)
+def test_refusals(target, changes, named):
+    with pytest.raises(Refusal) as refusal:
+        main(target, changes)
+    assert named in str(refusal.value)
