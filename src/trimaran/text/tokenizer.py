@@ -23,11 +23,13 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from trimaran.errors import Refusal, nearest_first
-from trimaran.text.template import NEMOTRON_3, read_template
+from trimaran.text.folder import as_json, content_of, fill_roles, read_json, read_template
+from trimaran.text.template import NEMOTRON_3
 
 TURNS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 NAMED = (*TURNS, "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 RESERVED = NAMED + tuple(f"<|spare_{number:02d}|>" for number in range(len(NAMED), 32))
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>")  # of the families whose folders we open
 SMALLEST_VOCABULARY = len(RESERVED) + 256  # every byte is a token of its own
 
 # Qwen2's split, so that other engines have it under a name: words with the sign before them, single digits, runs of
@@ -77,7 +79,8 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a document or a turn."""
-        return tuple(dict.fromkeys([self.eos_id, *(self.controls[t] for t in ("<|im_end|>",) if t in self.controls)]))
+        ends = [self.controls[token] for token in TURN_ENDS if token in self.controls]
+        return tuple(dict.fromkeys([self.eos_id, *ends]))
 
     @cached_property
     def digest(self) -> str:
@@ -241,42 +244,6 @@ def byte_of_sign() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def content_of(token: Any) -> str | None:
-    """tokenizer_config.json writes a token as its text or as a table with a `content`."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def fill_roles(config: dict[str, Any], document: dict[str, Any], folder: Path) -> None:
-    """Roles that tokenizer_config.json leaves open are read from the files that name ids or texts beside it."""
-    texts = read_json(folder / "special_tokens_map.json") or {}
-    by_id = {token["id"]: token["content"] for token in document.get("added_tokens", [])}
-    by_id |= {identity: token for token, identity in document.get("model", {}).get("vocab", {}).items()}
-    for role in ("bos_token", "eos_token", "pad_token"):
-        config[role] = content_of(config.get(role)) or content_of(texts.get(role))
-        for name in ("generation_config.json", "config.json"):
-            if config[role] is None:
-                identity = (read_json(folder / name) or {}).get(f"{role}_id")
-                first = identity[0] if isinstance(identity, list) and identity else identity
-                config[role] = by_id.get(first)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The table in a JSON file, None where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise Refusal(f"{path}: {problem}", "a JSON file", "copy the file again") from None
-    if not isinstance(value, dict):
-        raise Refusal(f"{path} holds a {type(value).__name__}", "a table of keys and values", "copy the file again")
-    return value
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def has_surrogate(text: str) -> bool:
