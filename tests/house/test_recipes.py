@@ -1,0 +1,45 @@
+"""Every recipe loads, and every name in the command line's tables stands for something."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimaran import config
+from trimaran.cli import STAGES, VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+NAMES = {f"verb {name}": verb.function for name, verb in VERBS.items()}
+NAMES |= {f"stage {name}: {place}": place for name, stage in STAGES.items() for place in (stage.settings, stage.main)}
+
+
+def found(place: str) -> Any:
+    """The object of that name, or a skip while its file is not written yet."""
+    if not (ROOT / "src" / (place.split(":")[0].replace(".", "/") + ".py")).exists():
+        pytest.skip(f"{place} is not written yet")
+    return config.imported(place)
+
+
+def settings_of(path: Path) -> type[config.Settings]:
+    return found(config.named(config.read(path)["stage"], STAGES, "stage").settings)
+
+
+def overrides_of(path: Path) -> list[str]:
+    """What the recipe's first comment says one adds: `# trimaran train THIS data.path=notes`."""
+    command = re.search(r"^# .*trimaran train \S+(.*)$", path.read_text(), re.MULTILINE)
+    return [word for word in command[1].split() if config.OVERRIDE.match(word)] if command else []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recipe_loads_and_survives_being_written(path, tmp_path):
+    settings = settings_of(path)
+    recipe = config.load(settings, path, overrides_of(path))
+    config.write(recipe, tmp_path / "recipe.toml")
+    assert config.load(settings, tmp_path / "recipe.toml") == recipe
+
+
+@pytest.mark.parametrize("place", NAMES.values(), ids=NAMES)
+def test_a_name_stands_for_a_function(place):
+    assert callable(found(place))
