@@ -186,6 +186,18 @@ def test_foreign_templates_render_and_mark_their_answers(tokenizer):
         encode_chat(tokenizer, messages, template=unmarked)
 
 
+def test_answers_are_found_where_a_template_prompts_always(tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant:"
+    )
+    chat = encode_chat(tokenizer, [QUESTION, {"role": "assistant", "content": "Calm"}], template=template)
+    ((start, stop),) = chat.spans
+    assert tokenizer.decode(chat.ids[start:stop]) == "Calm<|im_end|>"
+    spelt = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}assistant:"
+    with pytest.raises(Refusal, match="0 answers found"):
+        encode_chat(tokenizer, [QUESTION, {"role": "assistant", "content": "Calm"}], template=spelt)
+
+
 def test_templates_are_found_where_folders_keep_them(tmp_path, saved, tokenizer):
     assert Tokenizer.load(saved).template == tokenizer.template
     assert read_template(tmp_path, {}) is None

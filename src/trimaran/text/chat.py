@@ -144,9 +144,12 @@ def spans_of(
     wanted = sum(message.get("role") == "assistant" for message in messages)
     ends = [name for name in tokenizer.controls if tokenizer.controls[name] in tokenizer.stop_ids]
     end = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
-    prompt = re.compile("|".join(map(re.escape, generation_prompts(template, options))) or r"(?!)")
     spans, at = [], 0
-    while wanted and (found := prompt.search(text, at)) and (stop := end.search(text, found.end())):
+    prompts = generation_prompts(template, options, end) if wanted else []
+    # a prompt without a control token could be spelt by a message, so it marks nothing
+    prompts = [prompt for prompt in prompts if any(name in prompt for name in tokenizer.controls)]
+    prompt = re.compile("|".join(map(re.escape, prompts)) or r"(?!)")
+    while (found := prompt.search(text, at)) and (stop := end.search(text, found.end())):
         spans.append((found.end(), stop.end()))
         at = stop.end()
     if len(spans) != wanted:
@@ -155,16 +158,20 @@ def spans_of(
     return text, spans
 
 
-def generation_prompts(template: jinja2.Template, options: dict[str, Any]) -> list[str]:
-    """How an answer may begin before the model's own words, longest first: thinking, not thinking, what both share."""
+def generation_prompts(template: jinja2.Template, options: dict[str, Any], end: re.Pattern[str]) -> list[str]:
+    """How an answer may begin before the model's own words, longest first: thinking, not thinking, what both share.
+
+    A template that ignores `add_generation_prompt` may prompt always: then it is all that follows the question's end.
+    """
     question = [{"role": "user", "content": "?"}]
     endings = []
     for thinking in (True, False):
         settings = options | {"thinking": thinking, "tools": None}
         without = fill(template, question, settings | {"generation_prompt": False})
-        endings.append(fill(template, question, settings | {"generation_prompt": True}).removeprefix(without))
+        prompt = fill(template, question, settings | {"generation_prompt": True}).removeprefix(without)
+        endings.append(prompt or end.split(without)[-1])
     shared = commonprefix(endings)  # noqa: RUF071 (characters are what is meant)
-    return sorted({*endings, shared} - {""}, key=len, reverse=True)
+    return sorted({*endings, shared}, key=len, reverse=True)
 
 
 def marked_spans(text: str) -> tuple[str, list[Span]]:
