@@ -272,7 +272,7 @@ def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
     shards: list[list[tuple[str, Tensor]]] = [[]]
     sizes = [0]
     weights = model.state_dict()
-    for piece in all_pieces(model):
+    for piece in [*all_pieces(model), *repeated_head(model)]:
         tensor = weights[piece.name] if piece.expert is None else weights[piece.name][piece.expert]
         size = tensor.numel() * tensor.element_size()
         if shards[-1] and sizes[-1] + size > shard_bytes:
@@ -283,13 +283,23 @@ def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, Tensor] = {hub: tensor.detach().cpu().contiguous() for hub, tensor in shard}
+        tensors: dict[str, Tensor] = {hub: tensor.cpu().contiguous() for hub, tensor in shard}
+        if "lm_head.weight" in tensors and model.config.tie_embeddings:
+            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the format shares no memory
         save_file(tensors, stage / name, metadata={"format": "pt"})
         sync(stage / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         write_synced(stage / INDEX, dump_json({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}))
     return sum(sizes)
+
+
+def repeated_head(model: HybridModel) -> list[Piece]:
+    """The embedding once more as the head, for transformers, whose Nemotron-H never ties them (5.23)."""
+    if not model.config.tie_embeddings or model_type(model.config) != "nemotron_h":
+        return []
+    name = "backbone.embeddings.weight"
+    return [Piece("lm_head.weight", name, None, tuple(model.backbone.embeddings.weight.shape))]
 
 
 def swap_in(stage: Path, folder: Path) -> list[str]:
