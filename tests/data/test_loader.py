@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from trimaran.data.corpora import Document
 from trimaran.data.evaluation import Windows
 from trimaran.data.loader import Loader
-from trimaran.data.mixture import Length, Mixture, Phase
+from trimaran.data.mixture import Length, Mixture, Phase, furthest_behind
 from trimaran.data.packing import Epoch
 from trimaran.data.shards import write
 from trimaran.data.split import Listed
 from trimaran.errors import Refusal
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 def pairs_of(tokens, targets, weights):
@@ -95,6 +95,16 @@ def test_mixture_gives_each_source_its_share_and_each_step_its_tokens(shards, to
     shapes = Counter(tuple(next(batches).tokens_BT.shape) for _ in range(24))
     assert shapes == {(2, 64): 18, (8, 16): 6}
     assert batches.drawn["b@16"] == 48 and batches.drawn["a@64"] == round(36 * 0.2)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), st.integers(1, 200))
+@quick
+def test_no_entry_runs_more_than_one_draw_ahead_of_its_share(shares, count):
+    drawn = [0] * len(shares)
+    for _ in range(count):
+        drawn[furthest_behind(shares, drawn)] += 1
+        due = [share / sum(shares) * sum(drawn) for share in shares]
+        assert all(have < want + 1 for have, want in zip(drawn, due, strict=True))
 
 
 def test_order_follows_the_seed_and_epochs_differ(shards):

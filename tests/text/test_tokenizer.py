@@ -74,6 +74,16 @@ def test_transformers_agrees(tokenizer, saved, text):
     assert roles == (0, 1, 2, tokenizer.template) and len(theirs) == tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("model_type", ["nemotron_h", "llama", "qwen3_moe"])
+def test_transformers_agrees_whatever_model_lies_beside(tokenizer, tmp_path, model_type):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    text = "<|im_start|>user" + "".join(HARD)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)["input_ids"] == tokenizer.encode(text, specials=True)
+
+
 def test_training_is_reproducible_and_folders_round_trip(tokenizer, saved, tmp_path):
     texts = ["a rose is a rose is a rose", "eine Rose"]
     assert Tokenizer.train(texts, 300).digest == Tokenizer.train(texts, 300).digest

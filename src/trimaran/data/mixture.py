@@ -1,7 +1,7 @@
 """Which source and which length comes when: weights, phases, and two lengths taking turns.
 
-Everything is decided by counting, not by chance: at each draw the entry furthest behind its share is taken, so after
-n draws every entry is within one draw of n × share (Sainte-Laguë would differ only in ties).
+Everything is decided by counting, not by chance: at each draw the entry furthest behind its share is taken, so no
+entry is ever more than one draw ahead, and shares are met as closely as whole draws allow.
 """
 
 from collections.abc import Mapping, Sequence

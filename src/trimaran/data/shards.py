@@ -201,6 +201,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in blocks."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
