@@ -1,0 +1,1 @@
+"""The first run, composed of all the other rooms."""
