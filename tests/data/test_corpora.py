@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,7 @@ def test_parquet_without_its_extra_names_the_command(tmp_path, monkeypatch):
         ('{"text": "a"}\n\n[1]', "line 3 is a list"),
         ('{"txt": "a"}', "line 1 has no field 'text'; allowed: its fields: txt"),
         ('{"text": 3}', "line 1: 'text' is int"),
+        ('{"text": "a\\ud800"}', "line 1: 'text' holds half a surrogate pair at character 1"),
     ],
 )
 def test_bad_jsonl_lines_are_named(tmp_path, content, message):
@@ -88,6 +90,12 @@ def test_files_that_are_no_text_are_refused(tmp_path, content, message):
         (tmp_path / "data.txt").write_bytes(content)
     with pytest.raises(Refusal, match=message):
         read(tmp_path / "data.txt")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
+def test_devices_are_not_read():
+    with pytest.raises(Refusal, match="zero is no regular file"):
+        read("/dev/zero")
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

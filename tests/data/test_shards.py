@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -48,9 +49,9 @@ def test_nothing_is_left_when_encoding_fails(documents, tokenizer, tmp_path):
     class Broken(Listed):
         def documents(self):
             yield documents[0]
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(Refusal, match="no space left"):
         write(Broken(documents), tokenizer, tmp_path / "text")
     with pytest.raises(Refusal, match="no documents"):
         write(Listed([]), tokenizer, tmp_path / "text")

@@ -59,6 +59,9 @@ class Corpus:
 
     def survey(self, source: Source) -> None:
         """Hashes one file and finds out whether it is text, holding no more than a block of it in memory."""
+        if not source.path.is_file():  # a pipe or a device would be read for ever
+            self.skipped.append((source.name, "no regular file"))
+            return
         try:
             sha, size, problem = inspect(source.path, is_text=source.path.suffix not in BINARY)
         except OSError as unreadable:
@@ -226,6 +229,11 @@ def row_text(line: str, field: str, where: str) -> str:
 def text_of(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise Refusal(f"{where}: {field!r} is {type(value).__name__}", "a string", "set data.field to a text field")
+    try:
+        value.encode()
+    except UnicodeEncodeError as problem:  # JSON can write what UTF-8 can not
+        found = f"{where}: {field!r} holds half a surrogate pair at character {problem.start}"
+        raise Refusal(found, "text that UTF-8 can spell", "correct the line") from None
     return value
 
 

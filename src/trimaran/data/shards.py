@@ -7,6 +7,7 @@ A document is bos (where the tokenizer has one), its text, eos: bos so that the 
 eos because every document of this project ends so.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -109,9 +110,12 @@ def write(
         partial.chmod(0o755)
         partial.rename(folder)
         sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:
+            raise
+        raise Refusal(f"no space left for {str(folder)!r}", "room for 2 to 4 bytes a token", "free some disk") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
     return TokenShards(folder, verify=False)
 
 
@@ -197,6 +201,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise Refusal(f"{path} has format {found!r}", str(FORMAT), "delete the folder and encode again")
+    missing = {"tokens", "bytes", "vocab_size", "files", "documents", "origin"} - index.keys()
+    if missing:
+        raise Refusal(f"{path} lacks {', '.join(sorted(missing))}", "as written", "delete the folder and encode again")
     return index
 
 
