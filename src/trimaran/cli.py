@@ -8,10 +8,11 @@ no torch. The function is `main(target, overrides, *args, **flags) -> int | None
     *args       the other words, at most as many as the row names in `args`
     **flags     one bool for each switch the row declares in `flags`
 
-What it returns is the exit code (None: 0). A `Refusal` is printed on one line and exits 2, Ctrl-C exits 130, and any
-other exception is a bug and keeps its traceback.
+What it returns is the exit code (None: 0). A `Refusal` (and a full disk) is told on one line and exits 2, Ctrl-C exits
+130, and any other exception is a bug and keeps its traceback.
 """
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +166,11 @@ def command(name: str, verb: Verb) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("\ntrimaran: interrupted", file=sys.stderr)
             sys.exit(130)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = problem.filename or "the output"
+            refuse(Refusal(f"the disk is full at {place}", "a disk with free space", "free some space"))
         sys.exit(code)
 
     def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

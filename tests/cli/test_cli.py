@@ -154,6 +154,14 @@ def test_an_interrupt_exits_130_with_a_plain_line(capsys, verbs):
     assert (code, err.strip()) == (130, "trimaran: interrupted")
 
 
+def test_a_full_disk_is_told_on_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "trimaran", "show", "nano-3", "--json"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("trimaran: the disk is full at the output; allowed: ")
+
+
 def test_a_bug_keeps_its_traceback(verbs):
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["breaks"])

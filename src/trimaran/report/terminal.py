@@ -16,6 +16,7 @@ def say(text: str = "") -> None:
 
 
 def put(stream: TextIO, text: str) -> None:
+    """Writes text to a stream at once, with question marks for signs that its encoding lacks."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "replace").decode(encoding))
     stream.flush()
