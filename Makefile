@@ -21,10 +21,10 @@ check: $(VENV)/installed-dev
 
 # Two processes of one thread each: that is what two cores hold.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
 
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "" $(TESTS)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/cpu.py --peers transformers --cases train,prefill,decode
