@@ -305,14 +305,16 @@ def repeated_head(model: HybridModel) -> list[Piece]:
 def swap_in(stage: Path, folder: Path) -> list[str]:
     """Renames the staged files into place and removes what the old checkpoint leaves over.
 
-    The index goes away first and comes back last: killed in between, a sharded folder is refused, never a mixture.
+    Killed in between, the folder opens as the old checkpoint or as the new one, or is refused; it is never a mixture.
+    That is why the index goes first where new shards take the names of old ones, and why `load` prefers a single file.
     """
     names = sorted(file.name for file in stage.iterdir())
-    stale = {file.name for file in folder.glob("model*.safetensors")} - set(names)
-    (folder / INDEX).unlink(missing_ok=True)
-    for name in sorted(names, key=lambda name: (name == INDEX, name)):
+    stale = {file.name for file in folder.glob("model*.safetensors*")} - set(names)
+    if INDEX in names and any((folder / name).exists() for name in names if name.startswith("model-")):
+        (folder / INDEX).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: (name == CONFIG, name == INDEX, name)):
         os.replace(stage / name, folder / name)
-    for name in stale:
+    for name in sorted(stale, key=lambda name: name != INDEX):
         (folder / name).unlink()
     sync(folder)
     return names
