@@ -82,7 +82,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb(
         "trimaran.engine.generate:main",
         "Continue a prompt.",
-        "Words after -- are the prompt, whatever they look like.",
+        "Without PROMPT, piped stdin is the prompt. Words after -- are the prompt, whatever they look like.",
         examples=(
             'trimaran generate runs/demo "def main("',
             'trimaran generate runs/demo "import os" temperature=0.8 samples=3 seed=1',

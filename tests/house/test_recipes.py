@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,20 +9,13 @@ from trimaran import config
 from trimaran.cli import STAGES, VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+RECIPES = sorted(path for folder in ("recipes", "src") for path in (ROOT / folder).rglob("*.toml"))
 NAMES = {f"verb {name}": verb.function for name, verb in VERBS.items()}
 NAMES |= {f"stage {name}: {place}": place for name, stage in STAGES.items() for place in (stage.settings, stage.main)}
 
 
-def found(place: str) -> Any:
-    """The object of that name, or a skip while its file is not written yet."""
-    if not (ROOT / "src" / (place.split(":")[0].replace(".", "/") + ".py")).exists():
-        pytest.skip(f"{place} is not written yet")
-    return config.imported(place)
-
-
 def settings_of(path: Path) -> type[config.Settings]:
-    return found(config.named(config.read(path)["stage"], STAGES, "stage").settings)
+    return config.imported(config.named(config.read(path)["stage"], STAGES, "stage").settings)
 
 
 def overrides_of(path: Path) -> list[str]:
@@ -42,4 +34,4 @@ def test_a_recipe_loads_and_survives_being_written(path, tmp_path):
 
 @pytest.mark.parametrize("place", NAMES.values(), ids=NAMES)
 def test_a_name_stands_for_a_function(place):
-    assert callable(found(place))
+    assert callable(config.imported(place))
