@@ -1,8 +1,9 @@
 """Cross-entropy over a large vocabulary, a chunk of tokens at a time.
 
 The gradient of a chunk is taken as soon as its loss is known, so that no more than [chunk, V] logits ever exist and
-nothing is computed twice. `head` may be any module (plain, quantised, LoRA, tied): its parameters' gradients are found
-by autograd inside the chunk and added up in at least fp32.
+nothing is computed twice. The gradient by the logits is written down, w (softmax - one-hot); `head` may be any module
+(plain, quantised, LoRA, tied): its parameters' gradients are found by autograd inside the chunk and added up in at
+least fp32.
 """
 
 from typing import Any
@@ -19,10 +20,17 @@ def cross_entropy(
 ) -> Tensor:
     """sum_m weights_m * CE(head(hidden_m), targets_m), a differentiable scalar in at least fp32.
 
-    hidden_MD: final hidden vectors; targets_M: token ids (ignored where the weight is 0); weights_M: loss weights.
+    hidden_MD: final hidden vectors; targets_M: token ids (ignored where the weight is 0); weights_M: loss weights, no
+    gradient. chunk: rows whose logits exist at once.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     return ChunkedCrossEntropy.apply(hidden_MD, head, targets_M, weights_M, chunk, *parameters)
+
+
+def cross_entropy_reference(hidden_MD: Tensor, head: nn.Module, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+    """The same, on all logits at once."""
+    losses_M = F.cross_entropy(at_least_fp32(head(hidden_MD)), targets_M.clamp(min=0), reduction="none")
+    return (losses_M * weights_M.to(losses_M.dtype)).sum()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -40,11 +48,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wanted):
                 piece = hidden[part].detach().requires_grad_(wanted)
-                losses = F.cross_entropy(at_least_fp32(head(piece)), targets[part].clamp(min=0), reduction="none")
-                loss = (losses * weights[part].to(losses.dtype)).sum()
-            total += loss.detach()
+                logits = at_least_fp32(head(piece))
+            loss, logits_grad = loss_and_gradient(logits.detach(), targets[part].clamp(min=0), weights[part])
+            total += loss
             if wanted:
-                piece_grad, *grads = torch.autograd.grad(loss, [piece, *parameters])
+                piece_grad, *grads = torch.autograd.grad(logits, [piece, *parameters], logits_grad)
                 hidden_grad[part] = piece_grad
                 for running, grad in zip(sums, grads, strict=True):
                     running += grad
@@ -57,3 +65,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, *sums = ctx.saved_tensors
         grads = [(g * scale).to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)]
         return (hidden_grad * scale.to(hidden_grad.dtype), None, None, None, None, *grads)
+
+
+def loss_and_gradient(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses and its gradient by the logits.
+
+    The largest probability is 1 / sum_v exp(logit_v - max), so that log-sum-exp comes out of the softmax for the price
+    of one more maximum.
+    """
+    weights_M = weights_M.to(logits_MV.dtype)
+    grad_MV = logits_MV.softmax(-1)
+    target_M1 = targets_M[:, None]
+    losses_M = logits_MV.amax(-1) - grad_MV.amax(-1).log() - logits_MV.gather(1, target_M1)[:, 0]
+    grad_MV.scatter_add_(1, target_M1, torch.full_like(target_M1, -1, dtype=grad_MV.dtype)).mul_(weights_M[:, None])
+    return (losses_M * weights_M).sum(), grad_MV
