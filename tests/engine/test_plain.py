@@ -6,10 +6,10 @@ import torch
 from tests.models import KINDS, tiny
 from trimaran.engine.plain import generate
 from trimaran.engine.sampler import Sampling, draw, probabilities, uniform
+from trimaran.errors import Refusal
 
 LENGTHS = (1, 5, 23, 41)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-drafting_kinds = pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if "mtp_pattern" in v])
 
 
 def random_prompts(lengths=LENGTHS, vocab: int = 97, seed: int = 3) -> list[list[int]]:
@@ -49,3 +49,87 @@ def test_a_batch_of_mixed_rows_equals_the_naive_loop(kind, block):
     for prompt, settings, output in zip(prompts, SETTINGS, outputs, strict=True):
         assert output.tokens == naive(model, prompt, settings)
         assert output.finish == ("eos" if output.tokens[-1] == 2 else "length")
+
+
+@every_kind
+def test_a_row_alone_equals_the_row_in_a_batch(kind):
+    model, prompts = tiny(kind), random_prompts()
+    batched = generate(model, prompts, SETTINGS)
+    for prompt, settings, output in zip(prompts, SETTINGS, batched, strict=True):
+        alone = generate(model, [prompt], settings)[0]
+        assert (alone.tokens, alone.finish, alone.passes) == (output.tokens, output.finish, output.passes)
+
+
+def test_samples_differ_and_a_seed_repeats_them():
+    model, prompt = tiny("dense"), [3, 4, 5]
+    one = Sampling(samples=4, seed=11, max_tokens=8, ignore_eos=True)
+    outputs = generate(model, [prompt, [9]], [one, Sampling(max_tokens=2, seed=1)])
+    assert [(output.prompt, output.sample) for output in outputs] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    assert len({tuple(output.tokens) for output in outputs[:4]}) == 4
+    assert [o.tokens for o in outputs[:4]] == [naive(model, prompt, one, sample) for sample in range(4)]
+    first = generate(model, [prompt], one.replace(seed=None))
+    again = generate(model, [prompt], one.replace(seed=first[0].seed))
+    assert [o.tokens for o in first] == [o.tokens for o in again]
+    assert first[0].tokens != generate(model, [prompt], one.replace(seed=first[0].seed + 1))[0].tokens
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+@torch.no_grad()
+def test_logprobs_are_those_of_one_pass_over_the_text(draft):
+    model, prompts = tiny("latent", vocab_size=7), random_prompts(vocab=7)
+    one = Sampling(temperature=0.6, top_k=4, repetition_penalty=1.1, max_tokens=10, logprobs=True, seed=5)
+    silent = Sampling(temperature=0, max_tokens=10)
+    outputs = generate(model, prompts, [one, one, one, silent], draft=draft)
+    assert outputs[3].logprobs is None and outputs[3].law_logprobs is None
+    for prompt, output in zip(prompts[:3], outputs, strict=False):
+        text = prompt + output.tokens
+        logits = model(torch.tensor([text]))[0, len(prompt) - 1 : -1]
+        chosen = torch.tensor(output.tokens)[:, None]
+        expected = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        torch.testing.assert_close(torch.tensor(output.logprobs).double(), expected, rtol=1e-6, atol=1e-6)
+        for place, reported in enumerate(output.law_logprobs):
+            seen = torch.zeros(1, 7, dtype=torch.bool)
+            seen[0, text[: len(prompt) + place]] = True
+            law = probabilities(logits[place : place + 1], [one], seen)[0, output.tokens[place]]
+            assert reported == pytest.approx(float(law.log()), abs=1e-6)
+
+
+@torch.no_grad()
+def test_prefill_keeps_logits_and_activations_small():
+    """However long the prompt: one place per row meets the head, and `block` tokens at a time meet the layers."""
+    model, widths, heads = tiny("latent"), [], []
+    model.backbone.embeddings.register_forward_hook(lambda module, given, out: widths.append(out.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, given, out: heads.append(tuple(out.shape)))
+    generate(model, random_prompts((100, 3)), Sampling(max_tokens=2, ignore_eos=True), block=32)
+    assert max(widths) == 32
+    assert set(heads) == {(2, 1, 97)}
+
+
+def test_end_tokens():
+    model = tiny("dense", eos_token_id=None, stop_token_ids=(5, 6))
+    said = generate(model, [[3]], Sampling(max_tokens=400, seed=1))[0]
+    assert said.finish == "eos" and said.stop in (5, 6) and said.tokens[-1] == said.stop
+    assert not {5, 6} & set(said.tokens[:-1])
+    onward = generate(model, [[3]], Sampling(max_tokens=400, seed=1, ignore_eos=True))[0]
+    assert onward.finish == "length" and onward.tokens[: len(said.tokens)] == said.tokens
+    asked = generate(model, [[3]], Sampling(max_tokens=400, seed=1, ignore_eos=True, stop_ids=(said.tokens[0],)))[0]
+    assert asked.tokens == said.tokens[:1] and asked.finish == "eos"
+
+
+def test_no_prompts_give_no_outputs():
+    assert generate(tiny("mamba"), []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "said"),
+    [
+        ([[3], []], {}, "prompt 1 is empty; allowed: at least one token; next: begin it with the bos token, 1"),
+        ([[3, 97]], {}, "token id 97 in prompt 0; allowed: 0 to 96; next: "),
+        ([[-1]], {}, "token id -1 in prompt 0; allowed: 0 to 96; next: "),
+        ([[3]], {"stop": ("a",)}, "stop = ['a'] without a tokenizer; allowed: stop_ids; next: "),
+    ],
+)
+def test_refusals(prompts, settings, said):
+    with pytest.raises(Refusal) as refusal:
+        generate(tiny("mamba"), prompts, Sampling(**settings))
+    assert str(refusal.value).startswith(said)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trimaran.engine.row import Output, Row, open_rows
 from trimaran.engine.sampler import Law, Sampling, draw
 from trimaran.errors import Refusal
+from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.layout import PADDING
 from trimaran.model.state import State
@@ -71,8 +72,7 @@ def stream(
     block: int = BLOCK,
 ) -> Iterator[Piece]:
     """`generate`, a piece at a time: every pass yields one piece for each row that grew."""
-    if draft and model.mtp is None:
-        raise Refusal(f"draft = {draft}", "0, for this model has no draft block (MTP)", "leave draft out")
+    check_draft(draft, model.config)
     each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
     rows = open_rows(model.config, prompts, each, tokenizer)
     if not rows:
@@ -100,6 +100,14 @@ def stream(
 
         # keep
         yield from batch.take(hidden_BKD, drafts_Bk)
+
+
+def check_draft(draft: int, config: ModelConfig) -> None:
+    """Refuses a number of drafts that a model of this configuration cannot make."""
+    if draft < 0:
+        raise Refusal(f"draft = {draft}", "0 or more tokens per pass", "set draft to an allowed value")
+    if draft and not config.mtp_pattern:
+        raise Refusal(f"draft = {draft}", "0, for this model has no draft block (MTP)", "leave draft out")
 
 
 def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], block: int, drafting: bool) -> tuple[State, Tensor]:
