@@ -38,6 +38,7 @@ KINDS: dict[str, dict] = {
     "latent": {"pattern": "ME*E", **LATENT, "mtp_pattern": "*E"},
     "llama": {"pattern": "R-R-", "ffn": "swiglu", "tie_embeddings": True},
     "qwen": {"pattern": "RERE", **QWEN},
+    "ngpt": {"pattern": "R-M*-", "ffn": "swiglu", "residual": "ngpt"},
     "everything": {"pattern": "M*EW-RE", **LATENT, "qk_norm": True, "mtp_pattern": "*E", "n_group": 2, "topk_group": 1},
 }
 

@@ -10,9 +10,11 @@ from trimaran.model.config import ModelConfig
 from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear
 from trimaran.model.norm import RMSNorm
+from trimaran.model.scale import Scale
 from trimaran.model.state import AttentionState
 from trimaran.ops import rope
 from trimaran.ops.attention import attention
+from trimaran.ops.norm import unit_norm
 
 
 class Attention(nn.Module):
@@ -34,6 +36,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.layer_norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.layer_norm_epsilon) if config.qk_norm else None
+        self.scale, self.s_qk = self.head_dim**-0.5, None
+        if config.residual == "ngpt":
+            self.scale = self.head_dim**0.5
+            self.s_qk = Scale(self.groups * self.head_dim, 1.0, config.hidden_size**-0.5)
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: AttentionState | None, keys: int) -> Tensor:
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
@@ -45,8 +51,12 @@ class Attention(nn.Module):
             freq = rope.rope_frequencies(self.head_dim, self.theta, x_BTD.device, self.scaling)
             cos, sin = layout.rotary_table(freq, (self.head_dim, self.theta), q_BTHK.dtype)
             q_BTHK, k_BTGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BTGK, cos, sin)
+        if self.s_qk is not None:
+            s_GK = self.s_qk.vector().view(self.groups, self.head_dim)
+            s_HK = s_GK.repeat_interleave(self.heads // self.groups, 0)
+            q_BTHK, k_BTGK = (unit_norm(t) * s.to(t.dtype) for t, s in ((q_BTHK, s_HK), (k_BTGK, s_GK)))
         if state is not None:
             k_BTGK, v_BTGK = state.extend(k_BTGK, v_BTGK, layout, keys)
         mask, causal = layout.mask(keys, self.window)
-        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, causal, self.head_dim**-0.5)
+        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, causal, self.scale)
         return self.o_proj(out_BTHK.flatten(2))

@@ -79,6 +79,7 @@ class ModelConfig(Settings):
     topk_group: int = Field(1, gt=0)
 
     # the whole model
+    residual: Literal["prenorm", "ngpt"] = "prenorm"  # ngpt: hidden vectors on the unit sphere, see model/sphere.py
     tie_embeddings: bool = False
     mtp_pattern: str = ""  # the block that predicts one token further, e.g. "*E"; empty: none
     mtp_depth: int = Field(1, gt=0)  # depths trained; the weights are the same at every depth
@@ -117,6 +118,8 @@ class ModelConfig(Settings):
             check_divides("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
         if "E" in letters:
             check_router(self)
+        if self.residual == "ngpt":
+            check_sphere(self)
         return self
 
 
@@ -133,6 +136,16 @@ def check_divides(field: str, value: int, divisor_field: str, divisor: int) -> N
     if value % divisor:
         near = max(divisor, value // divisor * divisor)
         raise Refusal(f"{field} = {value}", f"a multiple of {divisor_field} = {divisor}", f"try {field} = {near}")
+
+
+def check_sphere(config: ModelConfig) -> None:
+    """nGPT says nothing of experts or of a draft block, forbids tied embeddings, and has a q-k norm of its own."""
+    for field, wanted in (("mtp_pattern", ""), ("tie_embeddings", False), ("qk_norm", False)):
+        if getattr(config, field) != wanted:
+            found = f'{field} = {getattr(config, field)!r} with residual = "ngpt"'
+            raise Refusal(found, repr(wanted), f'set {field} = {wanted!r} or residual = "prenorm"')
+    if "E" in config.pattern:
+        raise Refusal('experts (E) with residual = "ngpt"', "M * R W -", 'use - or set residual = "prenorm"')
 
 
 def check_router(config: ModelConfig) -> None:

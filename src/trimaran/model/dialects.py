@@ -238,6 +238,8 @@ READERS = {
 
 def model_type(config: ModelConfig) -> str:
     """The hub architecture that computes exactly this model, or `trimaran` when none does."""
+    if config.residual == "ngpt":
+        return "trimaran"
     letters = set(config.pattern + config.mtp_pattern)
     experts, dense = "E" in letters, "-" in letters
     if letters <= set("M*E-"):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from trimaran.model.config import ModelConfig
 from trimaran.model.linear import Linear
+from trimaran.model.scale import Scale
 
 
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
@@ -20,7 +21,15 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_size, width)
         self.gate_proj = Linear(config.hidden_size, width) if config.ffn == "swiglu" else None
         self.down_proj = Linear(width, config.hidden_size)
+        self.s_u, self.s_v = None, None
+        if config.residual == "ngpt":
+            self.s_u = Scale(width, 1.0, 1.0)
+            self.s_v = Scale(width, config.hidden_size**0.5, 1.0) if self.gate_proj is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.down_proj(activate(self.up_proj(x), gate))
+        up, gate = self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
+        if self.s_u is not None:
+            up = self.s_u(up)
+        if self.s_v is not None:
+            gate = self.s_v(gate)
+        return self.down_proj(activate(up, gate))

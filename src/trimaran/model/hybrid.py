@@ -21,17 +21,23 @@ from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHe
 from trimaran.model.mamba import Mamba
 from trimaran.model.moe import MoE, Router
 from trimaran.model.norm import GatedRMSNorm, RMSNorm
+from trimaran.model.scale import Scale
+from trimaran.model.sphere import project, step_on_sphere
 from trimaran.model.state import State
 from trimaran.ops.numbers import parameter_dtype
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)) for one pattern letter."""
+    """x + mixer(norm(x)) for one pattern letter, or its step on the sphere (nGPT)."""
 
     def __init__(self, config: ModelConfig, letter: str):
         super().__init__()
         self.letter = letter
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm, self.alpha = None, None
+        if config.residual == "ngpt":
+            self.alpha = Scale(config.hidden_size, 0.05, config.hidden_size**-0.5)
+        else:
+            self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer: Mamba | Attention | MoE | FeedForward
         if letter == "M":
             self.mixer = Mamba(config)
@@ -43,14 +49,20 @@ class Block(nn.Module):
             self.mixer = FeedForward(config, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
-        h_BTD = self.norm(x_BTD)
+        if self.alpha is not None:
+            return step_on_sphere(x_BTD, self.mix(x_BTD, layout, state, keys), self.alpha)
+        assert self.norm is not None
+        return x_BTD + self.mix(self.norm(x_BTD), layout, state, keys)
+
+    def mix(self, h_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
+        """The mixer, given what its kind needs."""
         if self.letter == "-":
-            return x_BTD + self.mixer(h_BTD)
+            return self.mixer(h_BTD)
         if self.letter == "E":
-            return x_BTD + self.mixer(h_BTD, layout)
+            return self.mixer(h_BTD, layout)
         if self.letter == "M":
-            return x_BTD + self.mixer(h_BTD, layout, state)
-        return x_BTD + self.mixer(h_BTD, layout, state, keys)
+            return self.mixer(h_BTD, layout, state)
+        return self.mixer(h_BTD, layout, state, keys)
 
 
 def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: State | None) -> Tensor:
@@ -68,7 +80,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        on_sphere = config.residual == "ngpt"
+        self.norm_f = nn.Identity() if on_sphere else RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
 class MTP(nn.Module):
@@ -117,7 +130,7 @@ class HybridModel(nn.Module):
         self.config, self.version = config, 0
         self.backbone = Backbone(config)
         if not config.tie_embeddings:
-            self.lm_head = Head(config.hidden_size, config.vocab_size)
+            self.lm_head = Head(config.hidden_size, config.vocab_size, scaled=config.residual == "ngpt")
         self.mtp = MTP(config, self.backbone) if config.mtp_pattern else None
 
     @property
@@ -127,11 +140,11 @@ class HybridModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.norm_f.weight.device
+        return self.backbone.embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.backbone.norm_f.weight.dtype
+        return self.backbone.embeddings.weight.dtype
 
     def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, state: State | None = None) -> Tensor:
         """tokens [B, T] -> logits [B, T, vocab] in at least fp32; advances `state` when given."""
@@ -242,8 +255,12 @@ def initialise(model: HybridModel, seed: int | None = 0) -> None:
                 module.e_score_correction_bias.zero_()
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             module.weight.fill_(1)
+        elif isinstance(module, Scale):
+            module.weight.fill_(module.stored)
         elif isinstance(module, Mamba):
             initialise_mamba(module, config, generator)
+    if config.residual == "ngpt":
+        project(model)
 
 
 def initialise_mamba(mixer: Mamba, config: ModelConfig, generator: torch.Generator | None) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimaran.model.scale import Scale
 from trimaran.ops import experts
 from trimaran.ops.numbers import at_least_fp32
 
@@ -64,10 +65,15 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """Hidden -> logits, held in at least fp32."""
+    """Hidden -> logits, held in at least fp32; `scaled` adds nGPT's factor per token of the vocabulary."""
+
+    def __init__(self, in_features: int, out_features: int, scaled: bool = False):
+        super().__init__(in_features, out_features)
+        self.s_z = Scale(out_features, 1.0, in_features**-0.5) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return at_least_fp32(super().forward(x))
+        logits = at_least_fp32(super().forward(x))
+        return logits if self.s_z is None else self.s_z(logits)
 
 
 class TiedHead(nn.Module):

@@ -13,6 +13,7 @@ from trimaran.model.config import ModelConfig
 from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear
 from trimaran.model.norm import GatedRMSNorm
+from trimaran.model.scale import Scale
 from trimaran.model.state import MambaState
 from trimaran.ops import conv, ssd
 from trimaran.ops.numbers import at_least_fp32
@@ -40,6 +41,9 @@ class Mamba(nn.Module):
         self.groups, self.size, self.chunk = config.n_groups, config.ssm_state_size, config.chunk_size
         self.width, self.conv_width = config.mamba_width, config.conv_width
         self.in_proj = Linear(config.hidden_size, self.width + self.conv_width + self.heads)
+        self.s_in = None
+        if config.residual == "ngpt":
+            self.s_in = Scale(self.in_proj.out_features, config.hidden_size**0.5, 1.0)
         self.conv1d = CausalConv(self.conv_width, config.conv_kernel, config.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
@@ -52,7 +56,10 @@ class Mamba(nn.Module):
         return -torch.exp(at_least_fp32(self.A_log))
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: MambaState | None) -> Tensor:
-        z_BTC, inputs_BTC, dt_BTH = self.in_proj(x_BTD).split([self.width, self.conv_width, self.heads], -1)
+        projected = self.in_proj(x_BTD)
+        if self.s_in is not None:
+            projected = self.s_in(projected)
+        z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
         seg_BT = layout.seg_BT
         tail_BWC = None if state is None else state.tail
         mixed_BTC = F.silu(self.conv1d(inputs_BTC, tail_BWC, seg_BT))

@@ -144,9 +144,12 @@ def groups(config: ModelConfig) -> Iterator[Group]:
     yield Group(EMBEDDING, "backbone.embeddings.weight", (config.vocab_size, width))
     for index, letter in enumerate(config.pattern):
         yield from block_groups(config, letter, f"backbone.layers.{index}", PARTS[letter])
-    yield Group(NORM, "backbone.norm_f.weight", (width,), product=False)
+    if config.residual == "prenorm":
+        yield Group(NORM, "backbone.norm_f.weight", (width,), product=False)
     if not config.tie_embeddings:
         yield Group(HEAD, "lm_head.weight", (config.vocab_size, width))
+    if config.residual == "ngpt":
+        yield Group(HEAD, "lm_head.s_z.weight", (config.vocab_size,), product=False)
     for index, letter in enumerate(config.mtp_pattern):
         block = f"mtp.layers.{index}"
         yield from block_groups(config, letter, block, DRAFT)
@@ -159,7 +162,8 @@ def groups(config: ModelConfig) -> Iterator[Group]:
 
 
 def block_groups(config: ModelConfig, letter: str, block: str, part: str) -> Iterator[Group]:
-    yield Group(part, f"{block}.norm.weight", (config.hidden_size,), product=False)
+    own = "norm" if config.residual == "prenorm" else "alpha"
+    yield Group(part, f"{block}.{own}.weight", (config.hidden_size,), product=False)
     if letter == "M":
         shapes = mamba_shapes(config)
     elif letter in ATTENTION:
@@ -169,8 +173,20 @@ def block_groups(config: ModelConfig, letter: str, block: str, part: str) -> Ite
     else:
         yield from expert_groups(config, f"{block}.mixer", part)
         shapes = moe_shapes(config)
+    if config.residual == "ngpt":
+        shapes |= sphere_shapes(config, letter)
     for name, shape in shapes.items():
         yield Group(part, f"{block}.mixer.{name}", shape, product=len(shape) == 2)
+
+
+def sphere_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
+    """The learned vectors that nGPT adds to a mixer."""
+    if letter == "M":
+        return {"s_in.weight": mamba_shapes(config)["in_proj.weight"][:1]}
+    if letter in ATTENTION:
+        return {"s_qk.weight": (config.num_key_value_heads * config.head_dim,)}
+    gates = ("s_u", "s_v") if config.ffn == "swiglu" else ("s_u",)
+    return {f"{name}.weight": (config.intermediate_size,) for name in gates}
 
 
 def mamba_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
