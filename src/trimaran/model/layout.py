@@ -144,13 +144,12 @@ def lay_out(
 
 def find_documents(layout: Layout, doc_ids_BT: Tensor, first_B: Tensor | None) -> None:
     """Fills reset_BT, first_BT and last_id_B from ids whose padding stands on the right."""
-    fresh_B = layout.start_B == 0 if layout.start is None else None
     if layout.last_id_B is None:
         before_B = doc_ids_BT[:, 0] if layout.start == 0 else torch.zeros_like(doc_ids_BT[:, 0])
     else:
         before_B = layout.last_id_B
-        if fresh_B is not None:
-            before_B = torch.where(fresh_B, doc_ids_BT[:, 0], before_B)
+        if layout.start_B is not None:  # a row that has seen nothing begins with whatever comes
+            before_B = torch.where(layout.start_B.eq(0), doc_ids_BT[:, 0], before_B)
     real_BT, count_B = layout.real_BT, layout.count_B
     reset_BT = doc_ids_BT != torch.cat([before_B[:, None], doc_ids_BT[:, :-1]], 1)
     if real_BT is None:

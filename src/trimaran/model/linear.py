@@ -38,7 +38,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, plan: experts.Dispatch) -> Tensor:
         """x: [E, capacity, in] padded or [M, in] sorted -> the same with `out`."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if torch.is_autocast_enabled(x.device.type):  # the grouped product does not know autocast
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)

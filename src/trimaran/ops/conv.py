@@ -31,8 +31,8 @@ def causal_conv(
     seg_padded = None if seg_BT is None else torch.cat([seg_BT.new_zeros(len(seg_BT), taps - 1), seg_BT], 1)
     for i in range(taps - 1):
         past = padded[:, i : i + length] * weight_CW[:, i]
-        if seg_padded is not None:
-            past = past.masked_fill((seg_padded[:, i : i + length] != seg_BT).unsqueeze(-1), 0)
+        if seg_padded is not None and seg_BT is not None:
+            past = past.masked_fill(seg_padded[:, i : i + length].ne(seg_BT).unsqueeze(-1), 0)
         y_BTC = y_BTC + past
     return y_BTC
 
