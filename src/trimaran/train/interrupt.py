@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM as a request: the step is finished and saved first. A second one stops at once."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """While entered, the first signal is noted in `asked` (a signal number) and announced; the second acts as usual."""
+
+    def __init__(self, announce: Callable[[str], None]):
+        self.announce = announce
+        self.asked: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self.restore()
+        self.announce("finishing this step and saving it; the same signal again stops at once")
+
+    def restore(self) -> None:
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        self.restore()

@@ -1,0 +1,179 @@
+"""The training loop: batch -> streams -> losses and gradients in parts -> check -> update, until the steps are done.
+
+The loop knows no method: an objective fills the streams and names the losses. Resuming is part of it, since a run that
+was interrupted and one that was not end with the same weights, bit for bit, on the same machine and threads.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trimaran.data.batch import Batch
+from trimaran.data.evaluation import Windows
+from trimaran.data.loader import Loader
+from trimaran.errors import Refusal, writing
+from trimaran.model.hybrid import HybridModel
+from trimaran.report import Progress, say
+from trimaran.text.tokenizer import Tokenizer
+from trimaran.train import checkpoint
+from trimaran.train.interrupt import Interrupts
+from trimaran.train.objective import Streams
+from trimaran.train.optim import clip, set_learning_rate
+from trimaran.train.recipe import TrainSettings
+from trimaran.train.validate import evaluate
+
+
+class Objective(Protocol):
+    """What a step minimises; see `objective.Pretraining`."""
+
+    def streams(self, batch: Batch) -> Streams: ...
+    def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def observed(self) -> Mapping[str, Tensor]: ...
+    def after_step(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Diverged(Refusal):
+    """A loss or gradient that is not finite. Weights and optimizer stand where the last good step left them."""
+
+
+@dataclass
+class Run:
+    """One run on one device: what it changes, what it reads, where it writes. `step` counts finished updates."""
+
+    folder: Path
+    settings: TrainSettings
+    model: HybridModel
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    held_out: Sequence[Windows] = ()
+    tokenizer: Tokenizer | None = None
+    label: str = "train"
+    step: int = 0
+    parameters: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def fit(run: Run) -> int:
+    """Trains from the newest checkpoint (or the start) to the last step; returns the exit code.
+
+    0: all steps are done and saved. 128 + n: signal n asked to stop, the step was finished and saved, and the same
+    call goes on from there. Raises `Diverged`, and Refusal when a checkpoint cannot be written.
+    """
+    resume(run)
+    settings, schedule = run.settings, run.settings.schedule()
+    metrics = run.folder / "metrics.jsonl"
+    with Progress(settings.steps, start=run.step, label=run.label, metrics=metrics) as progress:
+        with Interrupts(progress.say) as interrupts:
+            while run.step < settings.steps and interrupts.asked is None:
+                batch = next(run.loader)
+                lr = schedule(run.step)
+                values = train_step(run, batch, lr)
+                run.step += 1
+                if run.held_out and due(run.step, settings.eval_every, settings.steps):
+                    values |= held_out(run)
+                progress.update(run.step, tokens=batch.tokens_BT.numel(), lr=lr, **values)
+                if due(run.step, settings.checkpoint_every, settings.steps) or interrupts.asked is not None:
+                    save(run)
+        if run.step < settings.steps:
+            progress.say(f"stopped after step {run.step} of {settings.steps}; the same command goes on from there")
+            return 128 + int(interrupts.asked or 0)
+    return 0
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train_step(run: Run, batch: Batch, lr: float) -> dict[str, float]:
+    """One update of the weights; returns what it saw, as plain numbers.
+
+    Reading those is the one wait for the device in a step: nothing may be updated before they are known to be finite.
+    """
+    objective, model = run.objective, run.model
+    streams = objective.streams(batch).to(model.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    seen: dict[str, Tensor] = {}
+    for part in parts(streams, run.settings.accumulate):
+        with autocast(run):
+            loss, terms = objective.terms(part)
+        loss.backward()
+        for name, term in terms.items():
+            seen[name] = seen[name] + term if name in seen else term
+    seen["grad_norm"] = clip(run.parameters, run.settings.clip)
+    seen |= objective.observed()
+    values = dict(zip(seen, torch.stack([value.double() for value in seen.values()]).tolist()))
+    if not all(map(math.isfinite, values.values())):
+        objective.abandon()
+        raise diverged(run, batch, lr, values)
+    set_learning_rate(run.optimizer, lr)
+    run.optimizer.step()
+    objective.after_step()
+    model.version += 1
+    return values
+
+
+def parts(streams: Streams, count: int) -> list[Streams]:
+    """The rows in `count` parts as equal as can be, or one row each where there are fewer."""
+    rows = len(streams.tokens_BT)
+    if count == 1:
+        return [streams]
+    count = min(count, rows)
+    borders = [rows * part // count for part in range(count + 1)]
+    return [streams.rows(start, stop) for start, stop in pairwise(borders)]
+
+
+def autocast(run: Run) -> torch.autocast:
+    """bf16 for the products where the recipe says so; the weights and what the number contract names stay in fp32."""
+    return torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16")
+
+
+def held_out(run: Run) -> dict[str, float]:
+    score = evaluate(run.model, run.held_out)
+    return {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+
+
+def diverged(run: Run, batch: Batch, lr: float, values: Mapping[str, float]) -> Diverged:
+    """Saves the batch that led to it, and the error that says so."""
+    path = run.folder / f"diverged-step-{run.step + 1}.safetensors"
+    with writing(path):
+        checkpoint.save_tensors(dict(vars(batch)), path)
+    wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    found = f"step {run.step + 1} gave {wrong} at learning rate {lr:.2e}; nothing was updated"
+    step = f"look at the batch in {path}, or begin another run with a lower train.lr or train.clip"
+    return Diverged(found, "finite losses and gradients", step)
+
+
+def save(run: Run) -> None:
+    position: dict[str, Any] = run.loader.state_dict()
+    checkpoint.save(
+        run.checkpoints,
+        run.step,
+        run.model,
+        run.optimizer,
+        position,
+        keep=run.settings.keep,
+        tokenizer=run.tokenizer,
+    )
+
+
+def resume(run: Run) -> None:
+    """Goes to the newest whole checkpoint, if there is one."""
+    saved = checkpoint.restore(run.checkpoints, run.model, run.optimizer, say)
+    if saved is not None:
+        run.step = saved.step
+        run.loader.load_state_dict(saved.position)
+        say(f"going on after step {run.step} of {run.settings.steps}")

@@ -1,0 +1,142 @@
+"""What pretraining minimises: the next token, the tokens after it (MTP), and the routers' imbalance.
+
+    CE + scale / depths * sum_d CE_d + coefficient * sum over MoE blocks of the sequence balance loss
+
+Each cross-entropy is divided by the sum of its own weights over the *whole* optimizer step, so cutting the step into
+parts changes nothing. The weights are divided before the first part is computed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimaran.data.batch import Batch
+from trimaran.errors import Refusal
+from trimaran.model.hybrid import HybridModel
+from trimaran.ops.loss import cross_entropy
+from trimaran.train.balance import Balance
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One prediction per place [B, T]: the token fed to the draft block (None: the trunk), the target, its weight."""
+
+    next_BT: Tensor | None
+    targets_BT: Tensor
+    weights_BT: Tensor
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A step's rows, or some of them: `share` is the part of the step's rows that they are."""
+
+    tokens_BT: Tensor
+    doc_ids_BT: Tensor
+    depths: tuple[Depth, ...]
+    share: float = 1.0
+
+    def rows(self, start: int, stop: int) -> "Streams":
+        """Rows from `start` to `stop`."""
+        share = self.share * (stop - start) / len(self.tokens_BT)
+        return self._each(lambda stream: stream[start:stop], share)
+
+    def to(self, device: torch.device) -> "Streams":
+        """The same on `device`."""
+        return self._each(lambda stream: stream.to(device, non_blocking=True), self.share)
+
+    def _each(self, change: Callable[[Tensor], Tensor], share: float) -> "Streams":
+        depths = tuple(
+            Depth(None if one.next_BT is None else change(one.next_BT), change(one.targets_BT), change(one.weights_BT))
+            for one in self.depths
+        )
+        return Streams(change(self.tokens_BT), change(self.doc_ids_BT), depths, share)
+
+
+def streams(batch: Batch, depths: int) -> Streams:
+    """Targets of the trunk and of `depths` further tokens, the weights of each summing to 1.
+
+    At depth d the place t reads token t + d and predicts token t + d + 1. It counts where all of t ... t + d + 1 are
+    in the row and in one document (the trunk's own target may lie one past the row).
+    """
+    ids_BT = batch.doc_ids_BT
+    goes_on_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    goes_on_BT[:, :-1] = (ids_BT[:, 1:] == ids_BT[:, :-1]) & (ids_BT[:, :-1] >= 0)
+    if not bool((batch.weights_BT != 0).any()):
+        raise Refusal("a batch without a target to learn", "at least one weight above 0", "give longer documents")
+    found = [Depth(None, batch.targets_BT, batch.weights_BT)]
+    for _ in range(depths):
+        last = found[-1]
+        weights_BT = shifted(last.weights_BT) * goes_on_BT
+        found.append(Depth(last.targets_BT, shifted(last.targets_BT), weights_BT))
+    return Streams(batch.tokens_BT, ids_BT, tuple(normalised(depth) for depth in found))
+
+
+def shifted(x_BT: Tensor) -> Tensor:
+    """x[t + 1] at t, and 0 at the end of the row."""
+    moved_BT = torch.zeros_like(x_BT)
+    moved_BT[:, :-1] = x_BT[:, 1:]
+    return moved_BT
+
+
+def normalised(depth: Depth) -> Depth:
+    """Weights that sum to 1, or are all 0 (documents too short for this depth)."""
+    total = float(depth.weights_BT.sum(dtype=torch.float64))
+    return Depth(depth.next_BT, depth.targets_BT, depth.weights_BT / (total or 1.0))
+
+
+class Pretraining:
+    """The objective of a pretraining step. `mtp_scale` 0 leaves the draft block untrained.
+
+    An objective turns a batch into streams, streams into named terms that are added up and differentiated, and acts
+    once the weights have changed; the loop knows no more of it.
+    """
+
+    def __init__(self, model: HybridModel, *, mtp_scale: float, aux_loss: float, router_bias_rate: float):
+        self.model, self.mtp_scale, self.aux_loss = model, mtp_scale, aux_loss
+        self.depths = model.config.mtp_depth if model.mtp is not None and mtp_scale else 0
+        self.balance = Balance(model, router_bias_rate)
+
+    def streams(self, batch: Batch) -> Streams:
+        """A whole step, its weights normalised; on the device of `batch`."""
+        return streams(batch, self.depths)
+
+    def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what to differentiate, its terms by name as they are reported: detached, before scaling)."""
+        model, head = self.model, self.model.head
+        hidden_BTD = model.hidden(part.tokens_BT, part.doc_ids_BT)
+        trunk, *further = part.depths
+        loss = weighted(hidden_BTD, head, trunk)
+        reported = {"loss": loss.detach()}
+        for number, depth in enumerate(further, 1):
+            assert model.mtp is not None  # self.depths is 0 without one
+            hidden_BTD = model.mtp(hidden_BTD, depth.next_BT, part.doc_ids_BT)
+            term = weighted(hidden_BTD, head, depth)
+            reported[f"mtp_{number}"] = term.detach()
+            loss = loss + self.mtp_scale / len(further) * term
+        balance = self.balance.collect()
+        if balance is not None:
+            total, count = balance
+            reported["aux"] = total.detach() * (part.share / count)
+            if self.aux_loss:
+                loss = loss + self.aux_loss * part.share * total
+        return loss, reported
+
+    def observed(self) -> Mapping[str, Tensor]:
+        """What else is worth a line in the metrics, before `after_step` forgets it."""
+        violation = self.balance.violation()
+        return {} if violation is None else {"max_vio": violation}
+
+    def after_step(self) -> None:
+        """Once the optimizer has stepped."""
+        self.balance.step()
+
+    def abandon(self) -> None:
+        """The step will not be finished."""
+        self.balance.forget()
+
+
+def weighted(hidden_BTD: Tensor, head: torch.nn.Module, depth: Depth) -> Tensor:
+    """Cross-entropy of one depth, times its weights."""
+    return cross_entropy(hidden_BTD.flatten(0, 1), head, depth.targets_BT.flatten(), depth.weights_BT.flatten())

@@ -1,0 +1,190 @@
+"""Settings of a pretraining run, and what may change when it is resumed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+
+from trimaran import config
+from trimaran.config import Settings
+from trimaran.data.mixture import Mixture
+from trimaran.errors import Refusal
+from trimaran.model.config import ModelConfig
+from trimaran.model.presets import preset, sized
+from trimaran.model.size import ShapeOnly
+from trimaran.train.schedule import Schedule
+
+
+class TokenizerSettings(Settings):
+    """A tokenizer is trained on the run's own text, or taken from the folder `path`."""
+
+    vocab_size: int = Field(2048, gt=0)
+    path: str | None = None
+
+
+class Architecture(ModelConfig):
+    """The fields of a model, or one of two short ways to them: `size` ("2m") or `preset` ("nano-3").
+
+    Fields given beside `size` or `preset` replace theirs. Once read, all fields are set and both short ways are gone.
+    `vocab_size` is the tokenizer's; it need not be given.
+    """
+
+    size: str | None = None
+    preset: str | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _spelt_out(cls, given: Any, handler: ModelWrapValidatorHandler["Architecture"]) -> "Architecture":
+        if not isinstance(given, Mapping):
+            return handler(given)
+        fields = {name: value for name, value in given.items() if name not in ("size", "preset")}
+        short = {name: given[name] for name in ("size", "preset") if given.get(name) not in (None, "none")}
+        if not short:
+            return handler(fields)
+        name, value = next(iter(short.items()))
+        if len(short) > 1 or "hidden_size" in fields:
+            beside = "preset" if len(short) > 1 else "hidden_size"
+            raise Refusal(f"{name} = {value!r} beside {beside}", "one of size, preset, hidden_size", f"remove {beside}")
+        if not isinstance(value, str):
+            return handler(dict(given))  # refused there by its kind
+        base = sized(value, fields.get("vocab_size", 2048))[0] if name == "size" else from_preset(value)
+        return handler({**base.model_dump(), **fields})
+
+    def model(self, **changes: Any) -> ModelConfig:
+        """The plain configuration, some fields replaced."""
+        fields = {name: getattr(self, name) for name in ModelConfig.model_fields}
+        return ModelConfig(**{**fields, **changes})
+
+
+def from_preset(name: str) -> ModelConfig:
+    found = preset(name)
+    if isinstance(found, ShapeOnly):
+        raise Refusal(f"{name} is a shape-only preset ({found.why})", "a preset with layers we compute", "take another")
+    return found
+
+
+class DataSettings(Settings):
+    """Text to learn from. `held_out` of the documents (or the text at `held_out_path`) is kept for validation.
+
+    `source = "stdlib"` reads the standard library of the running interpreter, fixed packages held out. Several texts
+    go into `sources` (name = path) instead of `path`; `mixture` weighs them.
+    """
+
+    source: Literal["files", "stdlib"] = "files"
+    path: str | None = None
+    sources: dict[str, str] = Field(default_factory=dict)
+    field: str = "text"
+    held_out: float = Field(0.05, gt=0, lt=1)
+    held_out_path: str | None = None
+    sequence_length: int = Field(256, gt=1)
+    mixture: Mixture = Mixture()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        given = [name for name, value in (("path", self.path), ("sources", self.sources)) if value]
+        if self.source == "stdlib" and (given or self.held_out_path):
+            wrong = [*given, "held_out_path"][0]
+            raise Refusal(f'{wrong} beside source = "stdlib"', "no path", f'remove {wrong}, or set source = "files"')
+        if self.source == "files" and len(given) != 1:
+            found = "both path and sources" if given else "no text to learn from"
+            step = "remove one of them" if given else "add data.path=FILE_OR_FOLDER"
+            raise Refusal(found, "data.path (a file or a folder), or a table data.sources of names and paths", step)
+        return self
+
+
+class TrainSettings(Settings):
+    """How the weights are found. `warmup` and `decay` are shares of `steps`; a step takes `batch_size` rows.
+
+    Published values (Nemotron-3): betas, eps, weight decay, router bias rate 1e-3, sequence balance loss 1e-4, MTP
+    scale 0.3 (Super), decay over the last fifth in the minus-sqrt shape (Super), minimum = peak / 100.
+    """
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(8, gt=0)  # rows per optimizer step
+    accumulate: int = Field(1, gt=0)  # parts in which a step is computed
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup: float = Field(0.03, ge=0, le=1)
+    decay: float = Field(0.2, ge=0, le=1)
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float | None = Field(1.0, gt=0)  # "none": gradients as they are
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 weights
+    device: str = "cpu"
+    router_bias_rate: float = Field(1e-3, ge=0)
+    aux_loss: float = Field(1e-4, ge=0)
+    mtp_scale: float = Field(0.3, ge=0)
+    eval_every: int = Field(0, ge=0)  # steps; 0: at the end only
+    checkpoint_every: int = Field(100, ge=0)  # steps; 0: at the end only
+    keep: int = Field(2, gt=0)  # checkpoints
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainSettings":
+        if self.warmup + self.decay > 1:
+            found = f"warmup {self.warmup} + decay {self.decay}"
+            raise Refusal(found, "at most 1, as shares of the steps", "lower one of them")
+        if self.accumulate > self.batch_size:
+            found = f"accumulate = {self.accumulate}"
+            raise Refusal(found, f"1 to batch_size = {self.batch_size}", "lower it, or raise batch_size")
+        if self.min_lr > self.lr:
+            raise Refusal(f"min_lr = {self.min_lr}", f"0 to lr = {self.lr}", "lower min_lr")
+        return self
+
+    def schedule(self) -> Schedule:
+        """The learning rate over the run."""
+        warmup, decay = round(self.warmup * self.steps), round(self.decay * self.steps)
+        return Schedule(self.steps, self.lr, self.min_lr, warmup, decay, self.decay_shape)
+
+
+class PretrainRecipe(Settings):
+    """One pretraining run: `trimaran train RECIPE`. `run` is the folder it writes."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    run: str
+    seed: int = Field(0, ge=0)
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    model: Architecture
+    data: DataSettings
+    train: TrainSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_vocabulary(cls, given: Any) -> Any:
+        """Hands the tokenizer's vocabulary to the model, and refuses two of different size."""
+        tables = dict(given)
+        model, tokenizer = tables.get("model"), tables.get("tokenizer", {})
+        if not isinstance(model, Mapping) or not isinstance(tokenizer, Mapping):
+            return tables
+        size = tokenizer.get("vocab_size", TokenizerSettings().vocab_size)
+        if model.get("vocab_size", size) != size:
+            found = f"model.vocab_size = {model['vocab_size']}"
+            raise Refusal(found, f"tokenizer.vocab_size = {size}", "remove it: the tokenizer decides")
+        tables["model"] = {**model, "vocab_size": size}
+        return tables
+
+
+# Changing these changes neither the weights nor the order of the data: what paths hold is checked by digests.
+PLACES = ("run", "data.path", "data.sources", "data.held_out_path", "tokenizer.path", "train.device")
+FREE = (*PLACES, "train.eval_every", "train.checkpoint_every", "train.keep")
+
+
+def check_same(recipe: PretrainRecipe, path: Path) -> None:
+    """Refuses a recipe that would go on with the run whose recipe is at `path` in another way."""
+    before, now = (flat(config.plain(one)) for one in (config.load(PretrainRecipe, path), recipe))
+    for key in {**before, **now}:
+        free = any(key == one or key.startswith(one + ".") for one in FREE)
+        if not free and before.get(key) != now.get(key):
+            found = f"{key} = {now.get(key)!r}, but {path.parent} was begun with {before.get(key)!r}"
+            step = f"take {key} back to resume, or name another folder with run=FOLDER"
+            raise Refusal(found, f"{before.get(key)!r}", step)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

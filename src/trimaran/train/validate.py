@@ -1,0 +1,55 @@
+"""How well held-out text is predicted."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from trimaran.data.batch import Batch
+from trimaran.data.evaluation import Windows
+from trimaran.model.hybrid import HybridModel
+from trimaran.ops.loss import cross_entropy
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out text: `nats` of cross-entropy over `tokens`, which stand for `bytes` of UTF-8."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, unlike the loss."""
+        return self.nats / math.log(2) / self.bytes
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+@torch.no_grad()
+def evaluate(model: HybridModel, windows: Windows | Iterable[Windows]) -> Score:
+    """Scores every held-out token once, in the model's own precision (no autocast), the draft block left out."""
+    if not isinstance(windows, Windows):
+        scores = [evaluate(model, one) for one in windows]
+        return sum(scores[1:], scores[0])
+    was_training = model.training
+    model.eval()
+    nats = sum(batch_nats(model, batch.to(model.device)) for batch in windows)
+    model.train(was_training)
+    return Score(float(nats), windows.tokens, windows.bytes)
+
+
+def batch_nats(model: HybridModel, batch: Batch) -> torch.Tensor:
+    """Weighted sum of the cross-entropy over one batch, a scalar."""
+    hidden_BTD = model.hidden(batch.tokens_BT, batch.doc_ids_BT)
+    return cross_entropy(
+        hidden_BTD.flatten(0, 1), model.head, batch.targets_BT.flatten(), batch.weights_BT.flatten()
+    ).double()

@@ -1,0 +1,82 @@
+"""Killed without warning, again and again, some of the time while saving: the weights come out the same to the bit."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import start, write_recipe
+from trimaran.report import read_metrics
+from trimaran.train import checkpoint
+
+KILLS = 10
+LONG = {"steps": 60, "checkpoint_every": 2, "eval_every": 30}
+
+
+def finish(path: Path) -> Path:
+    process = start(path)
+    process.join(120)
+    assert process.exitcode == 0, path.with_suffix(".log").read_text()
+    return path.parent / "run"
+
+
+def kill(path: Path, chance: random.Random, *, saving: bool) -> bool:
+    """Starts the run and kills it some steps later, or as it saves then. Whether half a checkpoint was left behind."""
+    run = path.parent / "run"
+    process, goal = start(path), records(run) + chance.randint(0, 8)
+    while process.is_alive() and (records(run) < goal or (saving and not stages(run))):
+        time.sleep(0 if saving else 0.001)
+    time.sleep(chance.uniform(0, 0.01))
+    process.kill()
+    process.join()
+    for step in checkpoint.steps_in(run / "checkpoints"):
+        assert checkpoint.check(run / "checkpoints" / f"step-{step}")[1] == ""
+    return bool(stages(run))
+
+
+def kill_early(path: Path, chance: random.Random) -> None:
+    """Before or while the text is encoded."""
+    process = start(path)
+    process.join(chance.uniform(0, 0.3))
+    process.kill()
+    process.join()
+
+
+def records(run: Path) -> int:
+    """Steps in the metrics."""
+    return len(read_metrics(run / "metrics.jsonl"))
+
+
+def stages(run: Path) -> list[str]:
+    """Checkpoints that are being written."""
+    try:
+        return [name for name in os.listdir(run / "checkpoints") if name.startswith(checkpoint.STAGING)]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    return finish(write_recipe(tmp_path_factory.mktemp("whole"), **LONG))
+
+
+def test_ten_kills_change_nothing(tmp_path, uninterrupted):
+    path, chance = write_recipe(tmp_path, **LONG), random.Random(int(os.environ.get("KILL_SEED", "0")))
+    kill_early(path, chance)
+    halves = [kill(path, chance, saving=number % 2 == 1) for number in range(KILLS - 1)]
+    run = finish(path)
+    assert any(halves), "no kill fell into a checkpoint"
+    assert "going on after step" in path.with_suffix(".log").read_text()
+    for name in ("model.safetensors", "checkpoints/step-60/training.safetensors"):
+        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert not [name for name in os.listdir(run) if name.startswith(".saving") or name.endswith(".tmp")]
+    assert sorted(os.listdir(run / "checkpoints")) == ["LATEST", "step-58", "step-60"]
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, uninterrupted))
+    assert [one["step"] for one in ours] == list(range(1, 61))
+    for one, other in zip(ours, theirs):
+        for name in ("loss", "mtp_1", "grad_norm", "max_vio", "tokens", "bits_per_byte"):
+            assert one.get(name) == other.get(name), (one["step"], name)
+    assert json.loads((run / "result.json").read_text())["bits_per_byte"] == theirs[-1]["bits_per_byte"]
