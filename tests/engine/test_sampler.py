@@ -9,7 +9,7 @@ from transformers.generation import logits_process as oracle
 
 from tests.models import tiny
 from trimaran.engine.plain import generate
-from trimaran.engine.sampler import Sampling, draw, probabilities, uniform
+from trimaran.engine.sampler import Sampling, draw, key_of, probabilities, uniform
 from trimaran.errors import Refusal
 
 GRID = {
@@ -74,11 +74,19 @@ def test_the_law_is_in_fp32_where_the_model_is_in_bf16():
 
 
 def test_uniform_numbers_are_uniform_and_independent():
-    numbers = [uniform(seed, sample, place) for seed in range(20) for sample in range(10) for place in range(50)]
+    keys = [key_of(seed, sample, [prompt]) for seed in range(20) for sample in range(5) for prompt in (1, 2)]
+    numbers = [uniform(key, place) for key in keys for place in range(50)]
     assert stats.kstest(numbers, "uniform").pvalue > 0.01
-    assert abs(stats.pearsonr(numbers[1:], numbers[:-1]).statistic) < 0.03
+    for apart in (1, 50, 100):  # neighbours in place, prompt and sample
+        assert abs(stats.pearsonr(numbers[apart:], numbers[:-apart]).statistic) < 0.03
     assert len(set(numbers)) == len(numbers)
-    assert uniform(1, 2, 3) == 0.16706876100415502, "a seed means the same in every version"
+    assert uniform(key_of(1, 2, [3, 4]), 5) == 0.681120505203326, "a seed means the same in every version"
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-300])
+def test_a_temperature_next_to_0_is_greedy(temperature):
+    logits = torch.tensor([[300.0, 301.0, -500.0]])
+    assert probabilities(logits, [Sampling(temperature=temperature)]).tolist() == [[0, 1, 0]]
 
 
 def test_a_token_without_mass_is_never_drawn():

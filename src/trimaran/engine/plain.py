@@ -7,7 +7,7 @@
     keep      each row keeps the tokens that count, the rest never happened; the choice after them comes for free
 
 Without a draft (k = 0) a pass is one token per row and nothing is taken back. Since a choice depends on the law and
-on (seed, sample, place) alone, drafting changes how many tokens a pass gives and never which, greedy or sampled.
+on (seed, sample, prompt, place) alone, drafting changes how many tokens a pass gives, never which, greedy or sampled.
 
 Shapes: B rows still growing, K = k + 1 tokens per pass, T pairs that the draft block has not read, D width, V ids.
 """
@@ -191,7 +191,10 @@ class Batch:
     def take(self, hidden_BKD: Tensor, drafts_Bk: Tensor) -> list[Piece]:
         """Chooses after each token just read, keeps what stands, lets finished rows leave; a piece per row."""
         k = drafts_Bk.shape[1]
-        picks_BK, logprobs = self.choose(self.model.head(hidden_BKD), drafts_Bk)
+        logits_BKV = self.model.head(hidden_BKD)
+        if not bool(logits_BKV.amax().isfinite()):
+            raise Refusal("logits that are no numbers", "a model with finite weights", "take an earlier checkpoint")
+        picks_BK, logprobs = self.choose(logits_BKV, drafts_Bk)
         accepted_B = (picks_BK[:, :k] == drafts_Bk).long().cumprod(1).sum(1)
         if k:
             self.state.keep(accepted_B + 1)

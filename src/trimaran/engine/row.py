@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trimaran.engine.sampler import Sampling, uniform
+from trimaran.engine.sampler import Sampling, key_of, uniform
 from trimaran.engine.stop import Reader
 from trimaran.errors import Refusal
 from trimaran.model.config import ModelConfig
@@ -43,8 +43,17 @@ class Output:
 class Row:
     """A row of the batch: what it has said so far (`output`) and how it goes on (`settings`)."""
 
-    def __init__(self, number: int, output: Output, settings: Sampling, config: ModelConfig, reader: Reader | None):
+    def __init__(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        output: Output,
+        settings: Sampling,
+        config: ModelConfig,
+        reader: Reader | None,
+    ):
         self.number, self.output, self.settings, self.reader = number, output, settings, reader
+        self.key = key_of(output.seed, output.sample, prompt)
         eos = () if config.eos_token_id is None else (config.eos_token_id,)
         own = () if settings.ignore_eos else (*eos, *config.stop_token_ids)
         self.ends = frozenset((*own, *settings.stop_ids))
@@ -58,7 +67,7 @@ class Row:
 
     def uniform(self, ahead: int) -> float:
         """The number that draws the token `ahead` places after the next."""
-        return uniform(self.output.seed, self.output.sample, len(self.output.tokens) + ahead)
+        return uniform(self.key, len(self.output.tokens) + ahead)
 
     def push(self, token: int, logprobs: list[float] | None) -> str:
         """Takes a token, ends the row where it must end, and returns the text that is settled.
@@ -99,7 +108,7 @@ def open_rows(
         seed = secrets.randbits(32) if one.seed is None else one.seed
         for sample in range(one.samples):
             reader = None if tokenizer is None else Reader(tokenizer.stream(), one.stop)
-            rows.append(Row(len(rows), Output(number, sample, seed), one, config, reader))
+            rows.append(Row(len(rows), prompt, Output(number, sample, seed), one, config, reader))
     return rows
 
 

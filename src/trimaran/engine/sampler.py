@@ -8,9 +8,10 @@ The law of a row, step by step, in the order of transformers' processors:
     4. top_p                the least probable tokens whose masses sum to at most 1 - top_p go; the likeliest stays
     5. min_p                tokens less probable than min_p times the likeliest go
 
-The draw inverts the cumulated law at a number that depends only on (seed, sample, place in the output). No generator
-is advanced, so a row gives the same tokens alone and in any batch, and a token verified after a draft is the very token
-that would have been drawn without one.
+The draw inverts the cumulated law at a number that depends only on (seed, sample, prompt, place in the output). No
+generator is advanced, so a row gives the same tokens alone and in any batch, and a token verified after a draft is the
+very token that would have been drawn without one. The prompt is in it so that one seed serves many prompts without
+pulling all of them towards the same tail of their laws.
 """
 
 import hashlib
@@ -102,7 +103,9 @@ class Law:
         best_B1 = scores_BV.argmax(-1, keepdim=True)
         if self.all_greedy:
             return torch.zeros_like(scores_BV).scatter(1, best_B1, 1)
-        scores_BV = scores_BV / self.temperature_B1.to(scores_BV.dtype)
+        # Less the largest, so that a temperature next to 0 gives 0 and -inf, not inf - inf.
+        temperature_B1 = self.temperature_B1.to(scores_BV.dtype).clamp(min=torch.finfo(scores_BV.dtype).tiny)
+        scores_BV = (scores_BV - scores_BV.gather(1, best_B1)) / temperature_B1
         if self.top_k_B1 is not None:
             scores_BV = keep_top_k(scores_BV, self.top_k_B1)
         if self.top_p_B1 is not None:
@@ -142,12 +145,18 @@ def probabilities(logits_BV: Tensor, settings: Sequence[Sampling], seen_BV: Tens
     return Law.of(settings, logits_BV.device).probabilities(logits_BV, seen_BV)
 
 
-def uniform(seed: int, sample: int, place: int) -> float:
-    """A number in [0, 1), uniform and independent over its arguments.
+def key_of(seed: int, sample: int, prompt: Sequence[int]) -> bytes:
+    """What the draws of one row hang on."""
+    words = f"{seed} {sample} {' '.join(str(int(token)) for token in prompt)}"
+    return hashlib.blake2b(words.encode(), digest_size=32).digest()
+
+
+def uniform(key: bytes, place: int) -> float:
+    """The row's number in [0, 1) for the token at `place` of its output: uniform, and independent of all others.
 
     52 bits of BLAKE2: few enough that u * total < total for every total of a cumulated law.
     """
-    digest = hashlib.blake2b(f"{seed} {sample} {place}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(place.to_bytes(8, "little"), key=key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 12) / 2.0**52
 
 
