@@ -15,6 +15,7 @@ from torch import Tensor
 from trimaran.data.batch import Batch
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
+from trimaran.model.sphere import project
 from trimaran.ops.loss import cross_entropy
 from trimaran.train.balance import Balance
 
@@ -131,6 +132,8 @@ class Pretraining:
     def after_step(self) -> None:
         """Once the optimizer has stepped."""
         self.balance.step()
+        if self.model.config.residual == "ngpt":
+            project(self.model)
 
     def abandon(self) -> None:
         """The step will not be finished."""
