@@ -17,7 +17,7 @@ def test_weights_stay_on_the_sphere():
     tokens = random_tokens(2, 33)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 32, dtype=torch.int32), torch.ones(2, 32))
     losses = []
-    for _ in range(8):
+    for _ in range(20):
         loss, _ = objective.terms(objective.streams(batch))
         optimizer.zero_grad()
         loss.backward()
