@@ -95,7 +95,8 @@ def account(outputs: list[Output], prompt_tokens: int, first: float, rest: float
     """What a generation took, in one line. first: seconds until the first token of all rows; rest: those after it."""
     made = sum(len(output.tokens) for output in outputs)
     later = made - len(outputs)
-    words = [f"prompt of {prompt_tokens} tokens in {first:.2f} s", f"{made} tokens"]
+    words = [f"prompt of {prompt_tokens} token{'s'[: prompt_tokens != 1]} in {first:.2f} s"]
+    words.append(f"{made} token{'s'[: made != 1]}")
     if later and rest:
         words[-1] += f", {later / rest:.0f} tokens/s"
     drafted, accepted = sum(output.drafted for output in outputs), sum(output.accepted for output in outputs)
