@@ -105,6 +105,25 @@ def test_padding_and_batch_composition_change_nothing(kind, dtype):
         assert state.lengths_B.tolist() == [n + 3 for n in lengths]
 
 
+@every_kind
+@every_dtype
+@torch.no_grad()
+def test_a_row_that_is_all_padding_stands_still(kind, dtype):
+    """A pass in which one row is padding only leaves that row as it was, and finite."""
+    model, tokens, after = tiny(kind, dtype), random_tokens(2, 20), random_tokens(2, 6, seed=9)
+    ids = torch.tensor([[0], [-1]]).expand(2, 20)
+    for before in (False, True):
+        state = model.new_state(batch=2)
+        if before:
+            model(tokens, state=state)
+        model(tokens, ids, state)
+        follow = model(after, state=state)
+        seen = [tokens[0]] * (1 + before), [tokens[1]] * before
+        for row in range(2):
+            alone = torch.cat([*seen[row], after[row]])[None]
+            close(follow[row], model(alone)[0, -6:])
+
+
 @pytest.mark.parametrize("kind", ["mamba", "dense", "latent"])
 @every_length
 @every_dtype
