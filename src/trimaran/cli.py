@@ -14,6 +14,7 @@ What it returns is the exit code (None: 0). A `Refusal` (and a full disk) is tol
 
 import errno
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ VERBS: dict[str, Verb] = {
         "Draw a model's layers; count parameters, bytes and FLOPs.",
         "Nothing is allocated, so any preset can be shown on any machine.",
         examples=("trimaran show nano-3", "trimaran show runs/demo --json"),
-        target="PRESET|FOLDER",
+        target="PRESET|SIZE|FOLDER",
         flags={"json": "Print one JSON document instead."},
     ),
     "chat": Verb(
@@ -166,6 +167,11 @@ def command(name: str, verb: Verb) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("\ntrimaran: interrupted", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our output has left, as in `trimaran generate … | head`. Python would complain once more
+            # when it flushes stdout at exit, so that is pointed elsewhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -149,6 +149,15 @@ def test_the_functions_answer_is_the_exit_code(capsys, verbs):
     assert run_main(capsys, "note", "seven")[0] == 7
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """`trimaran show … | head -1`: no traceback, and the exit code that shells give a closed pipe."""
+    command = f"{sys.executable} -u -m trimaran show super-3 --json"
+    process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (141, "")
+
+
 def test_an_interrupt_exits_130_with_a_plain_line(capsys, verbs):
     code, _, err = run_main(capsys, "interrupted")
     assert (code, err.strip()) == (130, "trimaran: interrupted")
