@@ -7,7 +7,9 @@ import random
 import sys
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 (this and the next: what a run imports late, here once for all its processes)
 import torch
+import torch._dynamo
 
 from tests.models import SIZES
 from trimaran import cli, config

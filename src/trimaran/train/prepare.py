@@ -122,7 +122,10 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
         mixture=data.mixture,
         steps=settings.steps,
     )
-    held_out = [Windows(one, **shape, pad_id=prepared.tokenizer.pad_id) for one in prepared.held_out.values()]
+    held_out = [
+        Windows(one, **shape, pad_id=prepared.tokenizer.pad_id, documents=within(one, settings.eval_tokens))
+        for one in prepared.held_out.values()
+    ]
     derived, arithmetic = of_width(config.hidden_size, config.vocab_size)
     if derived == config:  # the recipe turned the `size` dial
         say("\n".join(arithmetic))
@@ -138,6 +141,11 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
     )
     optimizer = adamw(model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
+
+
+def within(encoded: TokenShards, tokens: int | None) -> int | None:
+    """How many of the first documents have `tokens` tokens together, at least one; None: all."""
+    return None if tokens is None else max(1, int((encoded.starts[1:] <= tokens).sum()))
 
 
 def place(name: str) -> torch.device:

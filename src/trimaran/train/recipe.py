@@ -118,6 +118,7 @@ class TrainSettings(Settings):
     aux_loss: float = Field(1e-4, ge=0)
     mtp_scale: float = Field(0.3, ge=0)
     eval_every: int = Field(0, ge=0)  # steps; 0: at the end only
+    eval_tokens: int | None = Field(None, gt=0)  # of each held-out text, to whole documents; none: all
     checkpoint_every: int = Field(100, ge=0)  # steps; 0: at the end only
     keep: int = Field(2, gt=0)  # checkpoints
 
@@ -168,7 +169,7 @@ class PretrainRecipe(Settings):
 
 # Changing these changes neither the weights nor the order of the data: what paths hold is checked by digests.
 PLACES = ("run", "data.path", "data.sources", "data.held_out_path", "tokenizer.path", "train.device")
-FREE = (*PLACES, "train.eval_every", "train.checkpoint_every", "train.keep")
+FREE = (*PLACES, "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep")
 
 
 def check_same(recipe: PretrainRecipe, path: Path) -> None:
