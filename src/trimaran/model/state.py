@@ -123,7 +123,8 @@ class MambaState:
         order_BT = (~kept_BT).to(torch.int8).argsort(dim=1, stable=True)
         inputs_BTC = torch.cat(ring.inputs, 1)
         inputs_BTC = inputs_BTC.gather(1, order_BT[..., None].expand_as(inputs_BTC))
-        seg_BT = None if seg_BT is None else seg_BT.gather(1, order_BT)
+        if seg_BT is not None:  # what was not kept repeats the row's last document, as padding does
+            seg_BT = seg_BT.gather(1, order_BT).cummax(1).values
         self.tail = conv.next_tail(inputs_BTC, self.tail.shape[1] + 1, self.tail, seg_BT, kept_BT.sum(1))
 
     def fork(self, index: Tensor) -> "MambaState":
@@ -258,14 +259,16 @@ class State:
             empty = torch.zeros(shape, layout.length, dtype=torch.long, device=self.device)
             resets.append(empty.bool() if layout.reset_BT is None else layout.reset_BT)
             firsts.append(empty if layout.first_BT is None else layout.first_BT)
-            ids.append(empty if ids_BT is None else ids_BT)
+            if ids_BT is None:  # what the row was reading goes on; without any ids so far that is document 0
+                ids_BT = empty if layout.last_id_B is None else layout.last_id_B[:, None].expand_as(empty)
+            ids.append(ids_BT)
         # Kept tokens are a prefix of each row's real tokens, so the last kept one is the latest kept column.
         column_BT = torch.arange(kept_BT.shape[1], device=self.device)
         last_B1 = torch.where(kept_BT, column_BT, -1).max(1, keepdim=True).values
         some_B = last_B1[:, 0] >= 0
         first_B, id_B = (torch.cat(t, 1).gather(1, last_B1.clamp(min=0))[:, 0] for t in (firsts, ids))
         before_first = torch.zeros_like(first_B) if trial.first_B is None else trial.first_B
-        before_id = id_B if trial.last_id_B is None else trial.last_id_B
+        before_id = torch.zeros_like(id_B) if trial.last_id_B is None else trial.last_id_B
         self.first_B = torch.where(some_B, first_B, before_first)
         self.last_id_B = torch.where(some_B, id_B, before_id)
         return (torch.cat(resets, 1) & kept_BT).cumsum(1)
