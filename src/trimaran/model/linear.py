@@ -37,7 +37,7 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
 
     def forward(self, x: Tensor, plan: experts.Dispatch) -> Tensor:
-        """x: [E, capacity, in] padded or [M, in] sorted -> the same with `out`."""
+        """Rows in expert order [S, in] -> [S, out]."""
         weight: Tensor = self.weight
         if torch.is_autocast_enabled(x.device.type):  # the grouped product does not know autocast
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -20,7 +20,7 @@ from trimaran.ops.numbers import at_least_fp32
 
 
 class CausalConv(nn.Module):
-    """Filters [C, 1, W] and bias [C] of the short convolution."""
+    """Filters [C, 1, W] and bias [C] of the short convolution, and the SiLU behind it."""
 
     def __init__(self, channels: int, taps: int, bias: bool):
         super().__init__()
@@ -29,7 +29,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor:
-        return conv.causal_conv(x_BTC, self.weight[:, 0], self.bias, tail_BWC, seg_BT)
+        return conv.causal_conv_silu(x_BTC, self.weight[:, 0], self.bias, tail_BWC, seg_BT)
 
 
 class Mamba(nn.Module):
@@ -62,7 +62,7 @@ class Mamba(nn.Module):
         z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
         seg_BT = layout.seg_BT
         tail_BWC = None if state is None else state.tail
-        mixed_BTC = F.silu(self.conv1d(inputs_BTC, tail_BWC, seg_BT))
+        mixed_BTC = self.conv1d(inputs_BTC, tail_BWC, seg_BT)
         xs_BTC, B_BTC, C_BTC = mixed_BTC.split([self.width, self.groups * self.size, self.groups * self.size], -1)
         xs_BTHP = xs_BTC.unflatten(-1, (self.heads, self.head_dim))
         B_BTGN, C_BTGN = (t.unflatten(-1, (self.groups, self.size)) for t in (B_BTC, C_BTC))

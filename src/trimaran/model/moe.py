@@ -20,8 +20,6 @@ from trimaran.model.linear import Linear, StackedLinear
 from trimaran.ops import experts
 from trimaran.ops.numbers import at_least_fp32
 
-PADDED_ROWS = 64  # below this many rows per expert on average the padded layout is the faster one
-
 
 @dataclass
 class RouterStats:
@@ -87,13 +85,12 @@ class Experts(nn.Module):
         self.down_proj = StackedLinear(count, hidden, width)
 
     def forward(self, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
-        rows = ids_MK.numel()
-        padded = 2 * self.count < rows < PADDED_ROWS * self.count
-        plan = experts.dispatch(ids_MK, weights_MK, self.count, padded)
+        align = experts.alignment(ids_MK.numel(), self.count)
+        plan = experts.dispatch(ids_MK, weights_MK, self.count, align)
         routed = experts.to_experts(x_MI, plan)
         gate = None if self.gate_proj is None else self.gate_proj(routed, plan)
         out = self.down_proj(activate(self.up_proj(routed, plan), gate), plan)
-        return experts.from_experts(out, plan, len(x_MI))
+        return experts.from_experts(out, plan)
 
 
 class MoE(nn.Module):

@@ -7,7 +7,10 @@ from trimaran.ops import norm
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis with a weight per channel."""
+    """RMS norm over the last axis with a weight per channel.
+
+    Under autocast it hands on the narrow dtype, so that the maps that read it do not each cast it again.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -15,7 +18,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm.rms_norm(x, self.weight, self.eps)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return norm.rms_norm(x, self.weight, self.eps, dtype)
 
 
 class GatedRMSNorm(nn.Module):

@@ -3,11 +3,18 @@
     y_t = bias + sum_{i=0..W-1} w_i x_{t-W+1+i}
 
 Written as W shifted multiply-adds: for four taps that beats a convolution call on a CPU, and document borders become
-one mask per shift.
+one mask per shift. `causal_conv` is that formula; `causal_conv_silu` is the one models use, with SiLU behind it, sums
+in at least fp32, the gradient written down, and nothing kept for backward but the inputs.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from trimaran.ops.blocks import blocks
+from trimaran.ops.numbers import at_least_fp32
 
 
 def causal_conv(
@@ -35,6 +42,87 @@ def causal_conv(
             past = past.masked_fill(seg_padded[:, i : i + length].ne(seg_BT).unsqueeze(-1), 0)
         y_BTC = y_BTC + past
     return y_BTC
+
+
+def causal_conv_silu(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    tail_BWC: Tensor | None = None,
+    seg_BT: Tensor | None = None,
+) -> Tensor:
+    """silu(causal_conv(...)), in x's dtype."""
+    return CausalConvSiLU.apply(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
+
+
+class CausalConvSiLU(torch.autograd.Function):
+    """Blocks of time, each with the W-1 inputs before it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, seg: Tensor | None
+    ) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(x, weight, bias, tail, seg)
+        weight_WC = at_least_fp32(weight).t().contiguous()
+        seg_padded = None if seg is None else F.pad(seg, (weight.shape[1] - 1, 0))
+        for part in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
+            window = window_of(x, tail, weight.shape[1], part)
+            out[:, part] = F.silu(filtered(window, weight_WC, bias, seg_padded, part), inplace=True)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, tail, seg = ctx.saved_tensors
+        taps, weight_WC = weight.shape[1], at_least_fp32(weight).t().contiguous()
+        dx, dweight_WC = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight_WC)
+        dbias_C = torch.zeros_like(weight_WC[0])
+        seg_padded = None if seg is None else F.pad(seg, (taps - 1, 0))
+        # Inputs before a block belong to the block before it: their gradient is handed on, from the end to the start.
+        handed = weight_WC.new_zeros(x.shape[0], taps - 1, x.shape[2])
+        for part in reversed(list(blocks(x.shape[1], x.shape[0] * x.shape[2], x.device))):
+            window, length = window_of(x, tail, taps, part), part.stop - part.start
+            u = filtered(window, weight_WC, bias, seg_padded, part)
+            du = torch.ops.aten.silu_backward(at_least_fp32(grad[:, part]), u)
+            dbias_C += du.sum((0, 1))
+            dwindow = F.pad(handed, (0, 0, length, 0))
+            for i in range(taps):
+                seen = du if i == taps - 1 else masked(du, seg_padded, part, i, taps)
+                dwindow[:, i : i + length].addcmul_(seen, weight_WC[i])
+                dweight_WC[i] += (seen * window[:, i : i + length]).sum((0, 1))
+            dx[:, part], handed = dwindow[:, taps - 1 :], dwindow[:, : taps - 1]
+        dtail = None if tail is None else handed.to(tail.dtype)
+        dbias = None if bias is None else dbias_C.to(bias.dtype)
+        return dx, dweight_WC.t().to(weight.dtype), dbias, dtail, None
+
+
+def window_of(x_BTC: Tensor, tail_BWC: Tensor | None, taps: int, part: slice) -> Tensor:
+    """The block's inputs and the W-1 before them, in at least fp32: [B, W-1+L, C]."""
+    if part.start >= taps - 1:
+        return at_least_fp32(x_BTC[:, part.start - taps + 1 : part.stop])
+    return at_least_fp32(join_tail(x_BTC[:, : part.stop], taps, tail_BWC)[:, part.start :])
+
+
+def masked(x_BLC: Tensor, seg_padded: Tensor | None, part: slice, i: int, taps: int) -> Tensor:
+    """x with zeros where tap i of the block's tokens would reach into another document."""
+    if seg_padded is None:
+        return x_BLC
+    own_BL = seg_padded[:, part.start + taps - 1 : part.stop + taps - 1]
+    return x_BLC * (seg_padded[:, part.start + i : part.stop + i] == own_BL).unsqueeze(-1)
+
+
+def filtered(
+    window: Tensor, weight_WC: Tensor, bias_C: Tensor | None, seg_padded: Tensor | None, part: slice
+) -> Tensor:
+    """The convolution of one block, before SiLU."""
+    taps, length = len(weight_WC), part.stop - part.start
+    u_BLC = window[:, taps - 1 :] * weight_WC[taps - 1]
+    if bias_C is not None:
+        u_BLC += bias_C
+    for i in range(taps - 1):
+        u_BLC.addcmul_(masked(window[:, i : i + length], seg_padded, part, i, taps), weight_WC[i])
+    return u_BLC
 
 
 def join_tail(x_BTC: Tensor, taps: int, tail_BWC: Tensor | None) -> Tensor:

@@ -1,80 +1,124 @@
 """Many small linear maps, each applied to the tokens routed to it.
 
-Tokens are laid out by expert once, go through all maps of the expert, and are added back with their weights. Two
-layouts: `sorted` (rows one after the other, one grouped product) for real sizes, and `padded` (every expert given as
-many slots as the fullest needs, one batched product), which is faster while experts are tiny.
+Tokens are laid out by expert once, go through all maps of the expert, and are added back with their weights. Each
+expert's stretch of rows is rounded up to a multiple of `align`: matrix kernels of a CPU are generated per shape, and a
+shape that was never met before costs far more than some spare rows. Spare rows hold some token's vector, nobody reads
+what becomes of them, and their gradient is zero.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops.numbers import at_least_fp32
+
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Where each (token, choice) pair sits once tokens are ordered by expert.
+    """Where each (token, choice) pair sits once rows are ordered by expert.
 
-    token_M: token of each routed row; weight_M: its combine weight; count_E: rows of each expert; slot_M: place in
-    the padded layout [E * capacity], or None for the sorted layout; capacity: slots per expert (0 when sorted).
+    token_S: token in each row (S rows, spare ones included); slot_MK: row of each choice; weight_MK: its combine
+    weight; count_E: rows of each expert, spare ones included.
     """
 
-    token_M: Tensor
-    weight_M: Tensor
+    token_S: Tensor
+    slot_MK: Tensor
+    weight_MK: Tensor
     count_E: Tensor
-    slot_M: Tensor | None = None
-    capacity: int = 0
 
 
-def dispatch(ids_MK: Tensor, weights_MK: Tensor, experts: int, padded: bool) -> Dispatch:
+def alignment(rows: int, experts: int) -> int:
+    """Rows to which an expert's stretch is rounded: about an eighth of the average load, at most 32."""
+    average = rows // experts
+    return 1 if average < 8 else min(32, 1 << (average // 8).bit_length())
+
+
+def dispatch(ids_MK: Tensor, weights_MK: Tensor, experts: int, align: int = 1) -> Dispatch:
     """Orders the choices ids_MK [tokens, k] by expert; within an expert, by token."""
     k = ids_MK.shape[1]
-    expert_M, order_M = ids_MK.flatten().sort(stable=True)
-    count_E = torch.bincount(expert_M, minlength=experts)
-    token_M, weight_M = order_M // k, weights_MK.flatten()[order_M]
-    if not padded:
-        return Dispatch(token_M, weight_M, count_E)
-    # Capacities move in steps: CPU matrix kernels are prepared per shape, and a new shape costs more than empty slots.
-    capacity = max(8, -(-int(count_E.max()) // 16) * 16)
-    start_E = count_E.cumsum(0) - count_E
-    slot_M = torch.arange(len(expert_M), device=expert_M.device) - start_E[expert_M] + expert_M * capacity
-    return Dispatch(token_M, weight_M, count_E, slot_M, capacity)
+    expert_R, order_R = ids_MK.flatten().sort(stable=True)
+    count_E = torch.bincount(expert_R, minlength=experts)
+    aligned_E = (count_E + align - 1) // align * align
+    shift_E = (aligned_E.cumsum(0) - aligned_E) - (count_E.cumsum(0) - count_E)
+    slot_R = torch.arange(len(expert_R), device=expert_R.device) + shift_E[expert_R]
+    slot_MK = torch.empty_like(order_R).scatter_(0, order_R, slot_R).view_as(ids_MK)
+    if align == 1:
+        return Dispatch(order_R // k, slot_MK, weights_MK, count_E)
+    if ids_MK.device.type == "cpu":
+        total = int(aligned_E.sum())
+    else:  # the largest possible total: no waiting for the device; rows past the last expert belong to nobody
+        total = (len(expert_R) + experts * (align - 1)) // align * align
+    token_S = expert_R.new_zeros(total).scatter_(0, slot_R, order_R // k)
+    return Dispatch(token_S, slot_MK, weights_MK, aligned_E)
 
 
 def to_experts(x_MI: Tensor, plan: Dispatch) -> Tensor:
-    """Tokens in expert order: [rows, I] sorted, or [E, capacity, I] padded with zeros."""
-    rows = x_MI[plan.token_M]
-    if plan.slot_M is None:
-        return rows
-    experts = len(plan.count_E)
-    slots = rows.new_zeros(experts * plan.capacity, rows.shape[1]).index_copy(0, plan.slot_M, rows)
-    return slots.view(experts, plan.capacity, -1)
+    """Rows in expert order [S, I]."""
+    return ToExperts.apply(x_MI, plan.token_S, plan.slot_MK)
 
 
-def from_experts(y: Tensor, plan: Dispatch, tokens: int) -> Tensor:
-    """Adds the experts' outputs back per token with their weights, in the weights' dtype: [tokens, O]."""
-    rows = y if plan.slot_M is None else y.flatten(0, 1)[plan.slot_M]
-    weighted = rows * plan.weight_M[:, None]
-    return weighted.new_zeros(tokens, rows.shape[1]).index_add(0, plan.token_M, weighted)
+def from_experts(y_SO: Tensor, plan: Dispatch) -> Tensor:
+    """sum_k weight * row of each token's choices, in the weights' dtype: [tokens, O]."""
+    return FromExperts.apply(y_SO, plan.slot_MK, plan.weight_MK)
 
 
-def grouped_linear(x: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """Each expert's rows times its own weight: padded [E, capacity, I] -> [E, capacity, O], sorted [M, I] -> [M, O]."""
-    if x.ndim == 3:
-        return x @ weight_EOI.transpose(1, 2)
-    if x.dtype == torch.float64:  # the grouped kernel has no fp64
-        return grouped_linear_reference(x, weight_EOI, count_E)
-    if x.shape[0] <= 2 * weight_EOI.shape[0]:
-        return grouped_linear_reference(x, weight_EOI, count_E)
-    return F.grouped_mm(x, weight_EOI.transpose(1, 2), offs=count_E.cumsum(0).to(torch.int32))
+class ToExperts(torch.autograd.Function):
+    """A gather whose gradient is a gather too: a token's rows are known, so nothing is scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_S: Tensor, slot_MK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_MK)
+        return x.index_select(0, token_S)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slot_MK,) = ctx.saved_tensors
+        total = at_least_fp32(grad.index_select(0, slot_MK[:, 0]))
+        for k in range(1, slot_MK.shape[1]):
+            total = total + grad.index_select(0, slot_MK[:, k])
+        return total.to(grad.dtype), None, None
 
 
-def grouped_linear_reference(x_MI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+class FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slot_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        ctx.save_for_backward(y, slot_MK, weight_MK)
+        out = y.index_select(0, slot_MK[:, 0]) * weight_MK[:, :1]
+        for k in range(1, slot_MK.shape[1]):
+            out += y.index_select(0, slot_MK[:, k]) * weight_MK[:, k : k + 1]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, slot_MK, weight_MK = ctx.saved_tensors
+        dy, dweight_MK = torch.zeros_like(y), torch.empty_like(weight_MK)
+        for k in range(slot_MK.shape[1]):
+            slot_M = slot_MK[:, k]
+            dweight_MK[:, k] = (grad * y.index_select(0, slot_M)).sum(-1)
+            dy.index_copy_(0, slot_M, (grad * weight_MK[:, k : k + 1]).to(y.dtype))
+        return dy, None, dweight_MK
+
+
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """Each expert's rows times its own weight: [S, I] -> [S, O]."""
+    few = x_SI.shape[0] <= 2 * weight_EOI.shape[0]
+    if few or x_SI.dtype == torch.float64:  # the grouped kernel has no fp64
+        return grouped_linear_reference(x_SI, weight_EOI, count_E)
+    return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=count_E.cumsum(0).to(torch.int32))
+
+
+def grouped_linear_reference(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """One plain product per expert that has rows; also the fastest form for a handful of rows."""
     pieces, start = [], 0
     for expert, count in enumerate(count_E.tolist()):
         if count:
-            pieces.append(F.linear(x_MI[start : start + count], weight_EOI[expert]))
+            pieces.append(F.linear(x_SI[start : start + count], weight_EOI[expert]))
             start += count
+    if start < len(x_SI):  # rows past the last expert
+        pieces.append(x_SI.new_zeros(len(x_SI) - start, weight_EOI.shape[1]))
     return torch.cat(pieces)

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimaran.ops.numbers import at_least_fp32
+from trimaran.ops.ssd_chunks import ChunkedScan
+
+CPU_CHUNK = 64  # longer chunks leave the cache, shorter ones move more state
 
 
 def ssd_step(
@@ -72,10 +75,28 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Chunked scan. Returns y [B, T, H, P] and the state after the last token [B, H, P, N], both at least fp32.
 
+    On a CPU the chunks run one after the other (ops.ssd_chunks), elsewhere all at once.
+
     x_BTHP: inputs; dt_BTH: step sizes after softplus (0 leaves the state alone: padding); A_H: negative decay rates;
     B_BTGN, C_BTGN: input and output maps per group; state_BHPN: the state before the first token (zeros when None);
     seg_BT: document numbers, 0 = the document that `state_BHPN` belongs to, rising by one at every border.
     """
+    if x_BTHP.device.type == "cpu":
+        return ChunkedScan.apply(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, seg_BT, min(chunk, CPU_CHUNK))
+    return ssd_batched(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, seg_BT, chunk)
+
+
+def ssd_batched(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    state_BHPN: Tensor | None = None,
+    seg_BT: Tensor | None = None,
+    chunk: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` with all chunks at once, its gradient left to autograd."""
     batch, length, heads, width = x_BTHP.shape
     groups, size = B_BTGN.shape[2:]
     chunk = min(chunk, length)
