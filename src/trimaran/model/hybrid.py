@@ -74,10 +74,11 @@ def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: Stat
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Embedding, blocks, final norm; and the version of the whole model's weights, which the draft block reads too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.version = 0
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
         on_sphere = config.residual == "ngpt"
@@ -111,7 +112,7 @@ class MTP(nn.Module):
     ) -> Tensor:
         """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
         (first, last), embeddings = self.ends(), self.trunk[0].embeddings
-        layout = begin(next_BT, doc_ids, state)
+        layout = begin(next_BT, doc_ids, state, self.trunk[0].version)
         next_BT = checked(layout, next_BT, embeddings.vocab_size)
         if layout.order_BT is not None:
             hidden_BTD = hidden_BTD.gather(1, layout.order_BT[..., None].expand_as(hidden_BTD))
@@ -127,11 +128,19 @@ class HybridModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.version = config, 0
+        self.config = config
         self.backbone = Backbone(config)
         if not config.tie_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, scaled=config.residual == "ngpt")
         self.mtp = MTP(config, self.backbone) if config.mtp_pattern else None
+
+    @property
+    def version(self) -> int:
+        return self.backbone.version
+
+    @version.setter
+    def version(self, count: int) -> None:
+        self.backbone.version = count
 
     @property
     def head(self) -> Head | TiedHead:
@@ -156,11 +165,7 @@ class HybridModel(nn.Module):
         doc_ids [B, T]: the same id as the token before continues its document, another begins one (nothing is seen
         across the border), -1 is padding, which updates nothing and comes out as zeros.
         """
-        layout = begin(tokens_BT, doc_ids, state)
-        if state is not None and state.version != self.version:
-            raise RuntimeError(
-                f"state of weights version {state.version}, model is at {self.version}: make a new state"
-            )
+        layout = begin(tokens_BT, doc_ids, state, self.version)
         tokens_BT = checked(layout, tokens_BT, self.config.vocab_size)
         x_BTD = run_blocks(self.backbone.layers, self.backbone.embeddings(tokens_BT), layout, state)
         if state is not None:
@@ -187,8 +192,8 @@ class HybridModel(nn.Module):
         hub.save(self, path)
 
 
-def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: State | None) -> Layout:
-    """The layout of a pass, from the state's rows when there is one."""
+def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: State | None, version: int) -> Layout:
+    """The layout of a pass, from the state's rows when there is one. Memory made by other weights is refused."""
     if tokens_BT.ndim != 2 or not tokens_BT.shape[1]:
         raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}: give [batch, length] with length >= 1")
     batch, length = tokens_BT.shape
@@ -196,6 +201,8 @@ def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: State | None) -> Lay
         return lay_out(batch, length, tokens_BT.device, doc_ids)
     if state.batch != batch:
         raise ValueError(f"the state holds {state.batch} rows, tokens {batch}: use new_state(batch={batch}) or fork")
+    if state.version != version:
+        raise RuntimeError(f"state of weights version {state.version}, model is at {version}: make a new state")
     return state.lay_out(length, doc_ids)
 
 
