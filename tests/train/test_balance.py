@@ -14,7 +14,7 @@ def skewed(experts: int = 32, chosen: int = 4) -> MoE:
         "moe",
         n_routed_experts=experts,
         num_experts_per_tok=chosen,
-        moe_intermediate_size=2,
+        moe_intermediate_size=8,
         moe_shared_expert_intermediate_size=0,
         hidden_size=16,
     )

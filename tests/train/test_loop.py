@@ -122,6 +122,7 @@ def test_changed_text_is_refused(tmp_path):
         (["train.batch_size=100"], "shorter than one batch"),
         (["train.device=cuda:99"], "train.device = 'cuda:99'"),
         (["train.device=gpu"], "train.device = 'gpu'"),
+        (["tokenizer.path=."], "no tokenizer.json"),
     ],
 )
 def test_what_cannot_begin_leaves_nothing(tmp_path, overrides, words):
@@ -140,6 +141,13 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(Refusal, match=r"holds files but no recipe\.toml"):
         main(recipe.replace(run=str(tmp_path / "letters")))
     assert (tmp_path / "letters" / "mine").read_text() == "keep"
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(Refusal, match="cannot write"):
+        main(read_recipe(tmp_path, f"run={tmp_path / 'file'}"))
+    assert (tmp_path / "file").read_text() == "keep"
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -227,7 +235,7 @@ def test_interrupted_it_saves_and_goes_on_later(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert b"finishing this step" in out and b"the same command goes on from there" in out
+    assert b"finishing this step" in err and b"the same command goes on from there" in out
     assert b"Traceback" not in err
     step = read_metrics(metrics)[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / "LATEST").read_text() == f"step-{step}\n"

@@ -73,10 +73,9 @@ def save(
             point(folder, target.name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    # Later ones are of a time before a roll-back.
-    steps = steps_in(folder)
-    for other in steps:
-        if other > step or other not in steps[-keep:]:
+    kept = [other for other in steps_in(folder) if other <= step][-keep:]
+    for other in steps_in(folder):
+        if other not in kept:  # too old, or of a time before a roll-back
             discard(folder / f"step-{other}")
     return target
 

@@ -1,19 +1,20 @@
 """Ctrl-C and SIGTERM as a request: the step is finished and saved first. A second one stops at once."""
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ANSWER = b"\nfinishing this step and saving it; the same signal again stops at once\n"
 
 
 class Interrupts:
-    """While entered, the first signal is noted in `asked` (a signal number) and announced; the second acts as usual."""
+    """While entered, the first signal is noted in `asked` (its number) and answered; the second acts as usual."""
 
-    def __init__(self, announce: Callable[[str], None]):
-        self.announce = announce
+    def __init__(self) -> None:
         self.asked: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -25,7 +26,8 @@ class Interrupts:
     def note(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
         self.restore()
-        self.announce("finishing this step and saving it; the same signal again stops at once")
+        with contextlib.suppress(OSError):  # nobody listens
+            os.write(2, ANSWER)  # not print: the signal may have come in the middle of one
 
     def restore(self) -> None:
         while self.before:

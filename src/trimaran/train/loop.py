@@ -74,10 +74,11 @@ def fit(run: Run) -> int:
     call goes on from there. Raises `Diverged`, and Refusal when a checkpoint cannot be written.
     """
     resume(run)
+    run.model.train()
     settings, schedule = run.settings, run.settings.schedule()
     metrics = run.folder / "metrics.jsonl"
     with Progress(settings.steps, start=run.step, label=run.label, metrics=metrics) as progress:
-        with Interrupts(progress.say) as interrupts:
+        with Interrupts() as interrupts:
             while run.step < settings.steps and interrupts.asked is None:
                 batch = next(run.loader)
                 lr = schedule(run.step)
@@ -115,7 +116,7 @@ def train_step(run: Run, batch: Batch, lr: float) -> dict[str, float]:
             seen[name] = seen[name] + term if name in seen else term
     seen["grad_norm"] = clip(run.parameters, run.settings.clip)
     seen |= objective.observed()
-    values = dict(zip(seen, torch.stack([value.double() for value in seen.values()]).tolist()))
+    values = dict(zip(seen, torch.stack([value.float() for value in seen.values()]).tolist()))
     if not all(map(math.isfinite, values.values())):
         objective.abandon()
         raise diverged(run, batch, lr, values)

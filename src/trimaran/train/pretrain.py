@@ -31,7 +31,7 @@ def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
     begun_before = (folder / RECIPE).is_file()
     if begun_before:
         check_same(recipe, folder / RECIPE)
-    elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise Refusal(f"{folder} holds files but no {RECIPE}", "a new folder, or that of a run", "name another: run=…")
     with locked(folder):
         if finished(folder, recipe.train.steps):
@@ -42,7 +42,9 @@ def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
             run = begin(recipe, prepare(recipe, texts))
         code = fit(run)
         if code == 0:
-            finish(run)
+            result = finish(run)
+            say(f"held-out text: {result['bits_per_byte']:.3f} bits per byte")
+            say(f"saved in {folder}; continue a text: trimaran generate {folder}")
     return code
 
 
@@ -119,7 +121,4 @@ def finish(run: Run) -> dict[str, Any]:
         temporary = folder / f".{RESULT}"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, folder / RESULT)
-    if kept["bits_per_byte"] is not None:
-        say(f"held-out text: {kept['bits_per_byte']:.3f} bits per byte")
-    say(f"saved in {folder}; continue a text: trimaran generate {folder}")
     return result

@@ -44,12 +44,12 @@ def evaluate(model: HybridModel, windows: Windows | Iterable[Windows]) -> Score:
     model.eval()
     nats = sum(batch_nats(model, batch.to(model.device)) for batch in windows)
     model.train(was_training)
-    return Score(float(nats), windows.tokens, windows.bytes)
+    return Score(nats, windows.tokens, windows.bytes)
 
 
-def batch_nats(model: HybridModel, batch: Batch) -> torch.Tensor:
-    """Weighted sum of the cross-entropy over one batch, a scalar."""
+def batch_nats(model: HybridModel, batch: Batch) -> float:
+    """Weighted sum of the cross-entropy over one batch."""
     hidden_BTD = model.hidden(batch.tokens_BT, batch.doc_ids_BT)
-    return cross_entropy(
-        hidden_BTD.flatten(0, 1), model.head, batch.targets_BT.flatten(), batch.weights_BT.flatten()
-    ).double()
+    return float(
+        cross_entropy(hidden_BTD.flatten(0, 1), model.head, batch.targets_BT.flatten(), batch.weights_BT.flatten())
+    )
