@@ -1,0 +1,59 @@
+"""Routed linear maps against a dense loop over all experts."""
+
+import pytest
+import torch
+
+from tests.ops.agree import DTYPES, LENGTHS, agree, drawn
+from trimaran.ops import experts
+
+EXPERTS, CHOSEN, WIDTH, HIDDEN = 8, 3, 16, 24
+
+
+def routed(ids, align):
+    def run(x, weights, up, down):
+        plan = experts.dispatch(ids, weights, EXPERTS, align)
+        rows = experts.grouped_linear(experts.to_experts(x, plan), up, plan.count_E)
+        return experts.from_experts(experts.grouped_linear(rows.relu().square(), down, plan.count_E), plan)
+
+    return run
+
+
+def dense(ids):
+    def run(x, weights, up, down):
+        every = torch.einsum("mef,eof->meo", torch.einsum("mi,efi->mef", x, up).relu().square(), down)
+        combine = torch.zeros(len(x), EXPERTS, dtype=weights.dtype).scatter(1, ids, weights)
+        return torch.einsum("meo,me->mo", every, combine)
+
+    return run
+
+
+@pytest.mark.parametrize("align", [1, 4, 32])
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("busy", [EXPERTS, 4], ids=["all experts", "some idle"])
+def test_grouped_equals_dense(align, tokens, dtype, busy):
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, busy, generator=generator).topk(CHOSEN).indices
+    agree(
+        routed(ids, align),
+        dense(ids),
+        drawn(tokens, WIDTH, dtype=dtype, seed=1),
+        drawn(tokens, CHOSEN, dtype=torch.promote_types(dtype, torch.float32), seed=2),
+        drawn(EXPERTS, HIDDEN, WIDTH, dtype=dtype, seed=3, scale=0.3),
+        drawn(EXPERTS, WIDTH, HIDDEN, dtype=dtype, seed=4, scale=0.3),
+    )
+
+
+def test_spare_rows_are_bounded_and_every_choice_has_its_own_row():
+    ids = torch.rand(100, EXPERTS).topk(CHOSEN).indices
+    plan = experts.dispatch(ids, torch.ones(100, CHOSEN), EXPERTS, 32)
+    assert int(plan.count_E.sum()) == len(plan.token_S) <= 300 + 31 * EXPERTS
+    assert plan.slot_MK.unique().numel() == 300
+    assert (plan.count_E % 32 == 0).all()
+    assert (plan.token_S[plan.slot_MK] == torch.arange(100)[:, None]).all()
+    ends = plan.count_E.cumsum(0)
+    assert (torch.bucketize(plan.slot_MK, ends, right=True) == ids).all()
+
+
+def test_alignment_grows_with_the_load():
+    assert [experts.alignment(rows, 8) for rows in (8, 63, 64, 256, 4096)] == [1, 1, 2, 8, 32]

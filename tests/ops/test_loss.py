@@ -1,0 +1,75 @@
+"""Chunked cross-entropy against all logits at once."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ops.agree import DTYPES, LENGTHS, drawn, near
+from trimaran.model.linear import Embedding, Head, TiedHead
+from trimaran.ops.loss import cross_entropy, cross_entropy_reference
+
+WIDTH, VOCAB = 16, 97
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def head(kind: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Parameter]:
+    weight = nn.Parameter(drawn(VOCAB, WIDTH, dtype=dtype, seed=1).detach())
+    if kind == "plain":
+        module = Head(WIDTH, VOCAB)
+        module.weight = weight
+        return module, weight
+    table = Embedding(VOCAB, WIDTH)
+    table.weight = weight
+    return TiedHead(table), weight
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied"])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_plain(kind, length, dtype):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(VOCAB, (length,), generator=generator)
+    weights = torch.rand(length, generator=generator)
+    weights[::3] = 0
+    targets[::3] = -100  # ignored: its weight is 0
+    found = []
+    for run, chosen in ((cross_entropy, dtype), (cross_entropy_reference, torch.float64)):
+        module, weight = head(kind, dtype)
+        module, weight = module.to(chosen), next(module.parameters())
+        hidden = drawn(length, WIDTH, dtype=dtype, seed=2).detach().to(chosen).requires_grad_()
+        options = {"chunk": 40} if run is cross_entropy else {}
+        loss = run(hidden, module, targets, weights, **options)
+        (3 * loss).backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    for one, other in zip(*found):
+        near(one, other, TOLERANCE[dtype])
+    assert found[0][0].dtype == torch.promote_types(dtype, torch.float32)
+    assert found[0][2].dtype == dtype
+
+
+def test_huge_logits_stay_finite():
+    module, weight = head("plain", torch.float32)
+    weight.data *= 1e4
+    hidden = drawn(50, WIDTH, dtype=torch.float32, seed=2)
+    targets, weights = torch.arange(50), torch.ones(50)
+    loss = cross_entropy(hidden, module, targets, weights)
+    near(loss, cross_entropy_reference(hidden.double(), module.double(), targets, weights), 1e-5)
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_no_gradient_asked_none_computed():
+    module, weight = head("plain", torch.float32)
+    with torch.no_grad():
+        loss = cross_entropy(torch.randn(50, WIDTH), module, torch.arange(50), torch.ones(50))
+    assert not loss.requires_grad and weight.grad is None
+
+
+def test_frozen_head_passes_gradients_on():
+    module, weight = head("plain", torch.float64)
+    weight.requires_grad_(False)
+    hidden = drawn(50, WIDTH, dtype=torch.float64, seed=2)
+    cross_entropy(hidden, module, torch.arange(50), torch.ones(50)).backward()
+    other = hidden.detach().requires_grad_()
+    cross_entropy_reference(other, module, torch.arange(50), torch.ones(50)).backward()
+    near(hidden.grad, other.grad, 1e-12)
