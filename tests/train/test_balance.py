@@ -80,8 +80,8 @@ def test_the_bias_shifts_the_choice_as_a_whole_without_effect():
 def test_a_softmax_router_is_balanced_by_the_loss_alone():
     model = tiny("qwen", torch.float32).train()
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    model.hidden(torch.randint(97, (2, 16)))
     balance = Balance(model, rate=0.1)
+    model.hidden(torch.randint(97, (2, 16)))
     total, count = balance.collect()
     assert count == 2 and float(total.detach()) >= 2 * 0.99
     balance.step()
@@ -90,6 +90,15 @@ def test_a_softmax_router_is_balanced_by_the_loss_alone():
 
 def test_validation_leaves_no_statistics():
     model = tiny("latent", torch.float32).train()
+    balance = Balance(model, rate=0.1)
     with torch.no_grad():
         model.hidden(torch.randint(97, (2, 16)))
-    assert Balance(model, rate=0.1).collect() is None
+    assert balance.collect() is None
+
+
+def test_nobody_watching_leaves_nothing_behind():
+    """A training loop that never asks for the statistics must not hold every graph it ever made."""
+    model = tiny("latent", torch.float32).train()
+    for _ in range(2):
+        model.hidden(torch.randint(97, (2, 16)))
+    assert not any(block.stats for block in model.modules() if isinstance(block, MoE))

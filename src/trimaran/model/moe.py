@@ -105,12 +105,13 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(config, shared) if shared else None
         self.fc1_latent_proj = Linear(hidden, latent) if latent else None
         self.fc2_latent_proj = Linear(latent, hidden) if latent else None
+        self.watched = False  # whoever takes the statistics says so: untaken, they would pile up with their graphs
         self.stats: list[RouterStats] = []
 
     def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
         x_MD = x_BTD.flatten(0, 1)
         scores_ME, ids_MK, weights_MK = self.gate(x_MD)
-        if self.training and torch.is_grad_enabled():
+        if self.watched and self.training and torch.is_grad_enabled():
             self.stats.append(router_stats(scores_ME, ids_MK, layout))
         routed = x_MD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_MD)
         routed = self.experts(routed, ids_MK, weights_MK).to(routed.dtype)
@@ -121,7 +122,7 @@ class MoE(nn.Module):
         return routed.view_as(x_BTD)
 
     def take_stats(self) -> list[RouterStats]:
-        """The statistics of the training forwards since the last call, one entry each; forgets them."""
+        """The statistics of the training forwards since the last call, one entry each, if `watched`; forgets them."""
         taken, self.stats = self.stats, []
         return taken
 

@@ -19,6 +19,8 @@ class Balance:
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
         self.blocks = [module for module in model.modules() if isinstance(module, MoE)]
+        for block in self.blocks:
+            block.watched = True
         self.loads: list[Tensor | None] = [None] * len(self.blocks)
 
     def collect(self) -> tuple[Tensor, int] | None:
