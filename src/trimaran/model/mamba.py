@@ -28,6 +28,10 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
+    def step(self, x_B1C: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: its output, and the tail to carry on."""
+        return conv.causal_conv_silu_step(x_B1C, self.weight[:, 0], self.bias, tail_BWC)
+
     def forward(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor:
         return conv.causal_conv_silu(x_BTC, self.weight[:, 0], self.bias, tail_BWC, seg_BT)
 
@@ -60,21 +64,25 @@ class Mamba(nn.Module):
         if self.s_in is not None:
             projected = self.s_in(projected)
         z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
-        seg_BT = layout.seg_BT
+        seg_BT, real_BT = layout.seg_BT, layout.real_BT
         tail_BWC = None if state is None else state.tail
-        mixed_BTC = self.conv1d(inputs_BTC, tail_BWC, seg_BT)
+        step = state is not None and layout.length == 1 and seg_BT is None and real_BT is None
+        if step:
+            mixed_BTC, tail_BWC = self.conv1d.step(inputs_BTC, tail_BWC)
+        else:
+            mixed_BTC = self.conv1d(inputs_BTC, tail_BWC, seg_BT)
         xs_BTC, B_BTC, C_BTC = mixed_BTC.split([self.width, self.groups * self.size, self.groups * self.size], -1)
         xs_BTHP = xs_BTC.unflatten(-1, (self.heads, self.head_dim))
         B_BTGN, C_BTGN = (t.unflatten(-1, (self.groups, self.size)) for t in (B_BTC, C_BTC))
         dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(self.dt_bias))
-        real_BT = layout.real_BT
         if real_BT is not None:
             dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
-        y_BTHP, ssm_BHPN = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, state, seg_BT)
+        y_BTHP, ssm_BHPN = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, state, seg_BT, step)
         if state is not None:
-            tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, tail_BWC, seg_BT, layout.count_B)
+            if not step:
+                tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, tail_BWC, seg_BT, layout.count_B)
             state.advance(inputs_BTC, xs_BTHP, B_BTGN, dt_BTH, tail_BWC, ssm_BHPN)
-        y_BTHP = y_BTHP + xs_BTHP * at_least_fp32(self.D)[:, None]
+        y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
 
     def scan(
@@ -85,10 +93,14 @@ class Mamba(nn.Module):
         C_BTGN: Tensor,
         state: MambaState | None,
         seg_BT: Tensor | None,
+        step: bool,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence: stepwise for one token of a running document, chunked otherwise."""
         A_H, before = self.decay_rates(), None if state is None else state.ssm
-        if before is not None and x_BTHP.shape[1] == 1 and seg_BT is None:
-            y, after = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before)
-            return y[:, None], after
-        return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, seg_BT, self.chunk)
+        if not step:
+            return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, seg_BT, self.chunk)
+        assert state is not None and before is not None
+        # During a trial the state at the mark must survive.
+        in_place = state.ring is None and not torch.is_grad_enabled()
+        y, after = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, in_place)
+        return y[:, None], after

@@ -55,6 +55,17 @@ def causal_conv_silu(
     return CausalConvSiLU.apply(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
 
 
+def causal_conv_silu_step(
+    x_B1C: Tensor, weight_CW: Tensor, bias_C: Tensor | None, tail_BWC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for one token of a running document: y [B, 1, C] and the tail to carry on."""
+    window_BWC = join_tail(x_B1C, weight_CW.shape[1], tail_BWC)
+    u_B1C = (at_least_fp32(window_BWC) * weight_CW.t()).sum(1, keepdim=True)
+    if bias_C is not None:
+        u_B1C += bias_C
+    return F.silu(u_B1C, inplace=True).to(x_B1C.dtype), window_BWC[:, 1:]
+
+
 class CausalConvSiLU(torch.autograd.Function):
     """Blocks of time, each with the W-1 inputs before it."""
 

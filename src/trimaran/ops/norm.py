@@ -16,7 +16,14 @@ from trimaran.ops.numbers import at_least_fp32
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, returned in `dtype` (x's own when None)."""
+    if few(x_D):
+        return rms_norm_reference(x_D, weight_D, eps, dtype)
     return RMSNorm.apply(x_D, weight_D, eps, dtype or x_D.dtype)
+
+
+def few(x: Tensor) -> bool:
+    """Whether the plain formula is the quicker one: decoding, where steps cost more than elements."""
+    return x.numel() <= 1 << 15 and not torch.is_grad_enabled()
 
 
 def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,6 +36,8 @@ def gated_rms_norm(y_D: Tensor, gate_D: Tensor, weight_D: Tensor, groups: int, e
 
     The gate comes before the norm (norm_before_gate = False in the released models). Returned in gate's dtype.
     """
+    if few(y_D):
+        return gated_rms_norm_reference(y_D, gate_D, weight_D, groups, eps)
     return GatedRMSNorm.apply(y_D, gate_D, weight_D, groups, eps)
 
 

@@ -27,17 +27,32 @@ CPU_CHUNK = 64  # longer chunks leave the cache, shorter ones move more state
 
 
 def ssd_step(
-    x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, state_BHPN: Tensor
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    state_BHPN: Tensor,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token: returns y [B, H, P] in the state's dtype and the new state [B, H, P, N]."""
-    groups, heads = B_BGN.shape[1], x_BHP.shape[1]
+    """One token: returns y [B, H, P] in the state's dtype and the new state [B, H, P, N].
+
+    in_place: the old state's memory becomes the new state's (no gradient may be wanted).
+    """
+    batch, groups, size = B_BGN.shape
     wide = state_BHPN.dtype
-    B_BHN = B_BGN.to(wide).repeat_interleave(heads // groups, 1)
-    C_BHN = C_BGN.to(wide).repeat_interleave(heads // groups, 1)
-    decay_BH = torch.exp(dt_BH * A_H)
-    write_BHP = x_BHP.to(wide) * dt_BH[..., None]
-    state_BHPN = state_BHPN * decay_BH[..., None, None] + write_BHP[..., None] * B_BHN[:, :, None]
-    return (state_BHPN @ C_BHN[..., None]).squeeze(-1), state_BHPN
+    decay_BH11 = torch.exp(dt_BH * A_H)[..., None, None]
+    write_BGU1 = (x_BHP.to(wide) * dt_BH[..., None]).view(batch, groups, -1, 1)
+    kept_BHPN = state_BHPN.mul_(decay_BH11) if in_place else state_BHPN * decay_BH11
+    kept_BGUN = kept_BHPN.view(batch, groups, -1, size)
+    row_BG1N = B_BGN.to(wide).unsqueeze(2)
+    if in_place:
+        state_BGUN = kept_BGUN.addcmul_(write_BGU1, row_BG1N)
+    else:
+        state_BGUN = torch.addcmul(kept_BGUN, write_BGU1, row_BG1N)
+    # C as a row times the state's transpose: a CPU's matrix library is several times slower the other way round
+    y_BG1U = C_BGN.to(wide).unsqueeze(2) @ state_BGUN.transpose(-1, -2)
+    return y_BG1U.view(x_BHP.shape), state_BGUN.view(state_BHPN.shape)
 
 
 def ssd_recurrence(
