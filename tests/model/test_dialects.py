@@ -1,5 +1,7 @@
 """Every spelling of config.json is one model, and what we cannot compute is refused by name."""
 
+import contextlib
+import itertools
 import json
 import math
 
@@ -250,3 +252,17 @@ def test_a_dense_model_names_no_experts():
     """llama.cpp's converter takes the key num_experts_per_tok for experts."""
     assert not [key for key in write_config(tiny_config("dense")) if "expert" in key or "moe" in key]
     assert write_config(tiny_config("moe"))["num_experts_per_tok"] == 3
+
+
+WRONG = [None, "x", "false", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, "32"]
+
+
+@pytest.mark.parametrize("kind", ["latent", "llama", "qwen", "window"])
+def test_any_value_in_any_key_is_read_or_refused(kind):
+    """Never another exception, and never text taken for truth."""
+    whole = write_config(tiny_config(kind)) | ({"time_step_limit": [0.0, 1e39]} if kind == "latent" else {})
+    for key, value in itertools.product(whole, WRONG):
+        with contextlib.suppress(Refusal):
+            read_config({**whole, key: value})
+    with pytest.raises(Refusal, match=r"^tie_word_embeddings = 'false'|^tie_embeddings = 'false'"):
+        read_config({**whole, "tie_embeddings" if kind == "window" else "tie_word_embeddings": "false"})

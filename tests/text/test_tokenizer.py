@@ -148,3 +148,28 @@ def test_refusals(tmp_path, tokenizer):
         tokenizer.decode([9999])
     with pytest.raises(Refusal, match="<tool_call>"):
         tokenizer.id_of("<tool>")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
+        {"model": {"type": "BPE", "vocab": []}},
+        {"added_tokens": None},
+        {"added_tokens": [{"id": 1}]},
+        {"pre_tokenizer": None},
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(change, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.document | change))
+    with pytest.raises(Refusal, match=r"^tokenizer\.json (holds|has)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_role_that_is_no_token_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}')
+    with pytest.raises(Refusal, match=r"^eos_token = 3; allowed: a token of the vocabulary"):
+        Tokenizer.load(tmp_path)

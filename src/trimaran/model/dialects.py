@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from trimaran.config import Settings
 from trimaran.errors import Refusal, nearest_first
 from trimaran.model.config import ModelConfig, RopeScaling
 from trimaran.model.config_keys import (
@@ -30,15 +33,34 @@ from trimaran.model.config_keys import (
 )
 
 
+class Structure(Settings):
+    """The keys that readers take apart themselves, checked first; all others are checked as fields of ModelConfig."""
+
+    num_hidden_layers: int | None = Field(None, gt=0, le=10_000)
+    num_attention_heads: int | None = Field(None, gt=0)
+    hidden_size: int | None = Field(None, gt=0)
+    hybrid_override_pattern: str | None = None
+    mtp_hybrid_override_pattern: str | None = None
+    layers_block_type: list[str] | None = None
+    mtp_layers_block_type: list[str] | None = None
+    layer_types: list[str] | None = None
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: int = Field(1, gt=0)
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+
+
 def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes: a folder, the file, or its content."""
     raw = dict(source) if isinstance(source, Mapping) else read_json(Path(source))
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(nearest_first(str(model_type), ARCHITECTURES))
         raise Refusal(f"model_type {model_type!r} in config.json", known, "choose a checkpoint of one of these")
     keys = {key: value for key, value in raw.items() if key not in BOOKKEEPING and not key.startswith("_")}
     keys = ABSENT[model_type] | merge_aliases(keys, ALIASES[model_type])
+    Structure(**{key: value for key, value in keys.items() if key in Structure.model_fields})
     for key, allowed in FIXED[model_type].items():
         require(key, keys.pop(key, allowed[0]), allowed)
     return READERS[model_type](keys)
@@ -147,8 +169,11 @@ def check_no_clamp(limit: Any) -> None:
     """dt is never clamped here, so only (0, infinity) is accepted, in any of its three spellings."""
     if limit is None:
         return
-    low, high = (number(end) for end in limit)
-    if low > 0 or high < 3e38:
+    try:
+        low, high = (number(end) for end in limit)
+    except (TypeError, ValueError, KeyError):
+        raise Refusal(f"time_step_limit = {limit!r}", "[0, Infinity]", "correct it in config.json") from None
+    if not (low <= 0 and high >= 3e38):
         raise Refusal(f"time_step_limit = {limit!r}", "[0, Infinity]", "this model clamps dt, which we never do")
 
 
@@ -158,14 +183,14 @@ def number(value: Any) -> float:
 
 
 def read_llama(keys: dict[str, Any]) -> ModelConfig:
-    layers = keys.pop("num_hidden_layers")
+    layers = depth(keys)
     fields = take_rotary(keys)
     refuse_rest(keys, [*ROTARY_FIELDS, *FIXED["llama"], "rope_theta", "rms_norm_eps"], "llama")
     return ModelConfig(pattern="R-" * layers, **fields)
 
 
 def read_qwen3(keys: dict[str, Any]) -> ModelConfig:
-    layers = keys.pop("num_hidden_layers")
+    layers = depth(keys)
     for ignored in ("sliding_window", "max_window_layers"):  # meaningless without use_sliding_window
         keys.pop(ignored, None)
     for kind in keys.pop("layer_types", None) or []:
@@ -176,17 +201,24 @@ def read_qwen3(keys: dict[str, Any]) -> ModelConfig:
 
 
 def read_qwen3_moe(keys: dict[str, Any]) -> ModelConfig:
-    layers = keys.pop("num_hidden_layers")
+    layers = depth(keys)
     for ignored in ("sliding_window", "max_window_layers"):
         keys.pop(ignored, None)
     dense = set(keys.pop("mlp_only_layers", None) or [])
-    step = keys.pop("decoder_sparse_step", 1)
+    step: int = keys.pop("decoder_sparse_step", 1)
     pattern = "".join("R-" if i in dense or (i + 1) % step else "RE" for i in range(layers))
     experts = take(keys, ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"])
     experts["n_routed_experts"] = keys.pop("num_experts")
     fields = take_rotary(keys) | experts | {"moe_shared_expert_intermediate_size": 0, "router": "softmax"}
     refuse_rest(keys, [*ROTARY_FIELDS, *FIXED["qwen3_moe"], "num_experts", "mlp_only_layers"], "qwen3_moe")
     return ModelConfig(pattern=pattern, qk_norm=True, **fields)
+
+
+def depth(keys: dict[str, Any]) -> int:
+    layers: int | None = keys.pop("num_hidden_layers")
+    if layers is None:
+        raise Refusal("num_hidden_layers = null in config.json", "an integer > 0", "write how many layers there are")
+    return layers
 
 
 def take_rotary(keys: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +253,7 @@ def take_rope(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_own(keys: dict[str, Any]) -> ModelConfig:
-    pattern, layers = keys.pop("hybrid_override_pattern", ""), keys.pop("num_hidden_layers", None)
+    pattern, layers = keys.pop("hybrid_override_pattern", None) or "", keys.pop("num_hidden_layers", None)
     if layers not in (None, len(pattern)):
         raise Refusal(f"num_hidden_layers = {layers}", f"{len(pattern)}, the pattern's length", "correct one of them")
     return ModelConfig(pattern=pattern, **keys)

@@ -91,8 +91,8 @@ def weight_files(folder: Path) -> list[Path]:
         found = f"only {pickles[0].name} (pickle) in {folder}" if pickles else f"no {WEIGHTS} or {INDEX} in {folder}"
         raise Refusal(found, "safetensors", "convert or fetch the checkpoint as safetensors")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as problem:
+        names = sorted(set(map(os.fspath, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (ValueError, KeyError, AttributeError, TypeError) as problem:
         raise Refusal(f"{index} is damaged ({problem!r})", "a weight_map", "fetch the file again") from None
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:

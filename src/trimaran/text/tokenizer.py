@@ -64,7 +64,7 @@ class Tokenizer:
     def role(self, name: str) -> int:
         """The id of the token that `tokenizer_config.json` names for `name`, such as "eos_token"."""
         token = content_of(self.config.get(name))
-        identity = self.plain.token_to_id(token) if token is not None else None
+        identity = self.plain.token_to_id(token) if isinstance(token, str) else None
         if identity is None:
             raise Refusal(f"{name} = {token!r}", "a token of the vocabulary", f"set {name} in tokenizer_config.json")
         return identity
@@ -180,6 +180,7 @@ class Tokenizer:
             raise Refusal(
                 f"no tokenizer.json in {str(folder)!r}", "a run or hub folder", "give the folder that has one"
             )
+        check_document(document)
         config = read_json(folder / "tokenizer_config.json") or {}
         fill_roles(config, document, folder)
         return cls(document, config, read_template(folder, config))
@@ -221,11 +222,20 @@ class Detokenizer:
         return self.decoder.decode(b"", final=True)
 
 
+def check_document(document: dict[str, Any]) -> None:
+    """Refuses a tokenizer.json that is damaged or of another kind."""
+    model, tokens = document.get("model"), document.get("added_tokens", [])
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) and "content" in token for token in tokens):
+        raise Refusal("tokenizer.json has odd added_tokens", "a list of tables with a content", "copy the file again")
+    model = model if isinstance(model, dict) else {}
+    splits_bytes = "ByteLevel" in json.dumps(document.get("pre_tokenizer"))
+    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict) or not splits_bytes:
+        kind = f"{model.get('type')} model {'with' if splits_bytes else 'without'} byte-level splitting"
+        raise Refusal(f"tokenizer.json holds a {kind}", "byte-level BPE", "use a model with a byte-level tokenizer")
+
+
 def backend_of(document: dict[str, Any]) -> tokenizers.Tokenizer:
     """The `tokenizers` object of a tokenizer.json, its control tokens all marked as such."""
-    if document.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(document.get("pre_tokenizer")):
-        kind = f"{document.get('model', {}).get('type')} model without byte-level splitting"
-        raise Refusal(f"tokenizer.json holds a {kind}", "byte-level BPE", "use a model with a byte-level tokenizer")
     added = [{**token, "special": is_control(token)} for token in document.get("added_tokens", [])]
     try:
         return tokenizers.Tokenizer.from_str(json.dumps({**document, "added_tokens": added}))
