@@ -150,6 +150,17 @@ def test_windows_score_every_token_once(shards, tokenizer, sequence_length, batc
     assert tokenizer.bytes_of(targets.tolist()) == windows.bytes == shards.total_bytes
 
 
+def test_bytes_of_an_unscored_first_token_do_not_count(documents, tokenizer, tmp_path, monkeypatch):
+    """A hub tokenizer may have no bos: then nothing predicts a document's first token."""
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    shards = write(Listed(documents), tokenizer, tmp_path / "text")
+    windows = Windows(shards, sequence_length=16, batch_size=4)
+    scored = [batch.targets_BT[batch.weights_BT > 0] for batch in windows]
+    assert (
+        tokenizer.bytes_of(torch.cat(scored).tolist()) == windows.bytes < sum(len(d.text.encode()) for d in documents)
+    )
+
+
 def test_batches_move_and_slice(shards):
     batch = next(Loader(shards, sequence_length=16, batch_size=4))
     dtypes = (torch.int64, torch.int64, torch.int32, torch.float32)

@@ -1,7 +1,9 @@
 """Tokens on disk: memory-mapped shards, written once and read in place.
 
 A folder holds `tokens-00000.bin`, … (uint16 where the vocabulary allows, else uint32), `documents.bin` (uint64, two a
-document: where it ends, in tokens from the start, and the bytes of its text) and `index.json`.
+document: where it ends, in tokens from the start, and the bytes of text that its tokens after the first stand for) and
+`index.json`. Those bytes are the whole text where a document begins with bos; without one, its first token is never
+predicted, so its bytes must not count where bits per byte are reported.
 
 A document is bos (where the tokenizer has one), its text, eos: bos so that the first word is predicted from something,
 eos because every document of this project ends so.
@@ -149,14 +151,15 @@ def write_files(corpus: Documents, tokenizer: Tokenizer, folder: Path, shard_tok
 
 
 def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """(token ids with bos and eos, bytes of text) of each document, encoded many at a time."""
+    """(token ids with bos and eos, bytes of text after the first token) of each document, encoded many at a time."""
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for group in grouped(documents):
         cut = [pieces_of(document.text) for document in group]
         ids = iter(tokenizer.encode_batch([piece for pieces in cut for piece in pieces]))
         for document, pieces in zip(group, cut, strict=True):
             inner = [identity for _ in pieces for identity in next(ids)]
-            yield [*before, *inner, tokenizer.eos_id], len(document.text.encode())
+            whole = [*before, *inner, tokenizer.eos_id]
+            yield whole, len(document.text.encode()) - int(tokenizer.byte_lengths[whole[0]])
 
 
 def grouped(documents: Iterable[Document]) -> Iterator[list[Document]]:
