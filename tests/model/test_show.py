@@ -1,6 +1,8 @@
 """What `trimaran show` prints: all in 80 columns, and the documented JSON."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,29 @@ def test_json(capsys):
     assert sum(part["parameters"] for part in content["parts"].values()) == content["parameters"]["total"]
     main("kimi-k2", json=True)
     assert "latent attention" in json.loads(capsys.readouterr().out)["why_not"]
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+COUNTS = ("total", "without_draft", "active", "active_without_embedding", "tensors")
+
+
+@pytest.mark.parametrize("target", ["super-3", "2m", "gpt-oss-20b", "llama3-8b"])
+def test_json_is_what_the_page_says(target, capsys):
+    """Every key is documented, those that are promised are there, and values have the promised kinds."""
+    main(target, json=True)
+    content = json.loads(capsys.readouterr().out)
+    table = PAGE.partition("`--json` prints one document:")[2].partition("```")[0]
+    documented = set(re.findall("`([a-z_0-9]+)`", table))
+    computed = ("model_type", "pattern", "mtp_pattern", "blocks", "config")
+    own = computed if content["computed"] else ("layers", "why_not")
+    assert content.keys() == {"name", "computed", *own, "parameters", "parts", "bytes", "at_context", "arithmetic"}
+    assert {*content, *content["parameters"], *content["bytes"]} <= documented
+    assert tuple(content["parameters"]) == COUNTS
+    numbers = [content["parameters"], content["bytes"], *content["parts"].values(), *content["at_context"].values()]
+    assert all(type(number) is int and number >= 0 for group in numbers for number in group.values())
+    assert all(part.keys() == {"parameters", "active", "tensors"} for part in content["parts"].values())
+    assert all(row.keys() == {"state_bytes", "flops_per_token"} for row in content["at_context"].values())
+    assert bool(content["arithmetic"]) == (target == "2m")
 
 
 @pytest.mark.parametrize("kind", KINDS)
