@@ -5,7 +5,8 @@ mark the first n of each row stay, the rest never happened. Attention forgets by
 mark on it keeps the state at the mark untouched and a ring of what the trial tokens wrote (x, B, dt and the raw inputs
 of the convolution), and folds the accepted prefix when told how long it is. `fork` repeats, drops or reorders rows.
 
-Under autograd every update makes new tensors; without it, keys and values are written in place.
+Under autograd every update makes new tensors. Without it keys and values are written in place, and outside of a trial
+a single token's step updates the SSM state in place too.
 """
 
 from dataclasses import dataclass, field
