@@ -82,6 +82,7 @@ def test_latest_rolls_a_run_back(copied, done, capsys):
     run = new_run(copied, keep=9)
     assert fit(run) == 0
     assert "going on after step 4 of 12" in capsys.readouterr().out
+    assert run.model.version == 1 + 8, "loading changes the weights too"
     assert all(torch.equal(one, other) for one, other in zip(weights(run), done[1], strict=True))
 
 

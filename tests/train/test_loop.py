@@ -115,6 +115,18 @@ def test_changed_text_is_refused(tmp_path):
         prepare(recipe)
 
 
+def test_what_a_kill_left_while_encoding_is_removed(tmp_path):
+    recipe = read_recipe(tmp_path)
+    half = [tmp_path / "run" / name for name in (".tokenizer-x1", "data/training/.text-x2")]
+    for folder in half:
+        folder.mkdir(parents=True)
+        (folder / "tokens-00000.bin").write_bytes(b"half")
+    (tmp_path / "run" / "recipe.toml.123.tmp").write_text("half")
+    prepare(recipe)
+    names = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert not {".tokenizer-x1", ".text-x2", "recipe.toml.123.tmp"} & names and "tokenizer.json" in names
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

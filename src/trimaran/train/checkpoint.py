@@ -89,8 +89,7 @@ def restore(
     """
     if not folder.is_dir():
         return None
-    for left_over in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{DISCARDED}*")):  # of a run that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
+    tidy(folder)
     damaged: list[str] = []
     for step in candidates(folder):
         path = folder / f"step-{step}"
@@ -107,6 +106,15 @@ def restore(
         found = f"no usable checkpoint in {folder} ({damaged[0]})"
         raise Refusal(found, "at least one whole checkpoint", f"delete {folder} to begin the run again")
     return None
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a killed run left half-written or half-removed."""
+    for left_over in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{DISCARDED}*")):
+        if left_over.is_dir():
+            shutil.rmtree(left_over)
+        else:
+            left_over.unlink()
 
 
 def steps_in(folder: Path) -> list[int]:

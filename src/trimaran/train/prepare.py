@@ -72,6 +72,7 @@ def prepare(recipe: PretrainRecipe, texts: Texts | None = None) -> Prepared:
     folder = Path(recipe.run)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder)
         tokenizer = find_tokenizer(recipe, texts, folder)
         training, held_out = (
             {name: shards.write(corpus, tokenizer, folder / "data" / part / name) for name, corpus in named.items()}
@@ -88,10 +89,16 @@ def prepare(recipe: PretrainRecipe, texts: Texts | None = None) -> Prepared:
     return Prepared(tokenizer, training, held_out, config)
 
 
+def tidy(folder: Path) -> None:
+    """Removes what a run that was killed while preparing left half-written."""
+    for left_over in (*folder.glob(f"{STAGING}*"), *folder.glob("data/*/.*")):
+        shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in folder.glob("recipe.toml.*.tmp"):
+        left_over.unlink()
+
+
 def find_tokenizer(recipe: PretrainRecipe, texts: Texts, folder: Path) -> Tokenizer:
     """The tokenizer of the run folder; trained on the training text, or copied, where there is none yet."""
-    for left_over in folder.glob(f"{STAGING}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder)
     if recipe.tokenizer.path is not None:
