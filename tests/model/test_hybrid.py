@@ -90,6 +90,18 @@ def test_loaded_in_bf16(kind, tmp_path):
     assert (whole - precise).abs().median() < 0.03 * precise.std()
 
 
+def test_a_step_without_gradient_leaves_the_graph_whole():
+    """State carried under autograd, then one step without: what the graph holds is not written over."""
+    model, tokens = tiny("dense"), random_tokens(1, 9)
+    state = model.new_state(batch=1)
+    model(tokens, state=state)
+    carried = state.layers[0].ssm
+    before = carried.detach().clone()
+    with torch.no_grad():
+        model(tokens[:, :1], state=state)
+    assert torch.equal(carried, before) and not state.layers[0].ssm.requires_grad
+
+
 @torch.no_grad()
 def test_steps_of_any_size_are_taken_as_they_are():
     """dt is softplus(raw + bias) and nothing else: 1e-9 and 40 go through prefill and decoding alike."""

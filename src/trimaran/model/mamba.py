@@ -100,7 +100,7 @@ class Mamba(nn.Module):
         if not step:
             return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, seg_BT, self.chunk)
         assert state is not None and before is not None
-        # During a trial the state at the mark must survive.
-        in_place = state.ring is None and not torch.is_grad_enabled()
+        # During a trial the state at the mark must survive, and so must a state that gradients will flow through.
+        in_place = state.ring is None and not torch.is_grad_enabled() and not before.requires_grad
         y, after = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, in_place)
         return y[:, None], after
