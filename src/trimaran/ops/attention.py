@@ -4,9 +4,14 @@ That stretch, [first, last] in the row's own key positions, expresses causality,
 rows of different length alike, so a mask is all the kernel needs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
+QUERIES = 64  # queries per step of that backward
 
 
 def attention(
@@ -15,10 +20,14 @@ def attention(
     """softmax(scale q.k^T) v -> [B, T, H, K], through torch's fused kernel.
 
     mask_BTS: True where query t may see key s; may lack the batch axis ([T, S]); None: all keys, or only those up to
-    the query's own index when `causal` (needs T == S).
+    the query's own index when `causal` (needs T == S). Where T == S no mask may reach past the query's own index.
     """
     if mask_BTS is not None and mask_BTS.ndim == 3:
         mask_BTS = mask_BTS.unsqueeze(1)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BTHK, k_BSGK, v_BSGK))
+    own = (causal or mask_BTS is not None) and q_BTHK.shape[1] == k_BSGK.shape[1] <= SHORT
+    if wanted and own and q_BTHK.device.type == "cpu" and q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype:
+        return CPUTraining.apply(q_BTHK, k_BSGK, v_BSGK, mask_BTS, causal, scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_BTS, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -40,3 +49,68 @@ def attention_reference(
         scores_BHTS = scores_BHTS.masked_fill(~seen, -torch.inf)
     weights = torch.softmax(scores_BHTS, -1, dtype=torch.promote_types(scores_BHTS.dtype, torch.float32))
     return torch.einsum("bhts,bshk->bthk", weights.nan_to_num(0.0).to(v_BSHK.dtype), v_BSHK)
+
+
+class CPUTraining(torch.autograd.Function):
+    """Forward by the fused kernel, so that training and inference compute the same; backward in plain products.
+
+    Of the scores only the forward's log-sum-exp is kept; a block of queries and the keys up to it at a time,
+
+        P = exp(scale q.k^T - lse)                   dv = P^T do
+        dS = P (do v^T - rowsum(do o))               dq = scale dS k    dk = scale dS^T q
+
+    Rows of a key-value group's heads stand under one another, so that each block is one product per group.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+            bias = bias.view((1,) * (4 - bias.ndim) + bias.shape)
+        out, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(t.transpose(1, 2) for t in (q, k, v)), 0.0, causal, attn_mask=bias, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, mask, out, lse_BHT)
+        ctx.causal, ctx.scale = causal, scale
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse_BHT = ctx.saved_tensors
+        (batch, length, heads, width), groups, dtype = q.shape, k.shape[2], q.dtype
+        shared = heads // groups
+
+        def under(x_BTHK: Tensor) -> Tensor:
+            """[B, T, H, K] -> [B*G, T*R, K]."""
+            x = x_BTHK.reshape(batch, length, groups, shared, -1).transpose(1, 2)
+            return x.reshape(batch * groups, length * shared, -1)
+
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_rows, q_rows = under(grad), under(q * ctx.scale)
+        lean_rows = under((grad.to(wide) * out.transpose(1, 2)).sum(-1, keepdim=True))
+        lse_rows = under(lse_BHT.transpose(1, 2)[..., None])
+        k_rows, v_rows = (t.transpose(1, 2).reshape(batch * groups, length, width) for t in (k, v))
+        dq = torch.empty_like(q_rows)
+        dk, dv = (torch.zeros_like(k_rows, dtype=wide) for _ in range(2))
+        triangle = torch.ones(QUERIES, QUERIES, dtype=torch.bool).tril_()
+        for start in range(0, length, QUERIES):
+            stop = min(start + QUERIES, length)
+            part, seen = slice(start * shared, stop * shared), slice(0, stop)
+            scores = torch.bmm(q_rows[:, part], k_rows[:, seen].transpose(1, 2)).to(wide)
+            weights = scores.sub_(lse_rows[:, part]).exp_().view(batch, groups, stop - start, shared, -1)
+            if ctx.causal:
+                hidden = ~triangle[: stop - start, : stop - start]
+                weights[..., start:].masked_fill_(hidden[:, None], 0)
+            elif mask is not None:
+                weights.masked_fill_(~mask[..., start:stop, seen].unsqueeze(-2), 0)
+            weights = weights.view(batch * groups, (stop - start) * shared, -1).to(dtype)
+            dv[:, seen] += torch.bmm(weights.transpose(1, 2), grad_rows[:, part])
+            dscores = torch.bmm(grad_rows[:, part], v_rows[:, seen].transpose(1, 2))
+            dscores = dscores.sub_(lean_rows[:, part].to(dtype)).mul_(weights)
+            dq[:, part] = torch.bmm(dscores, k_rows[:, seen])
+            dk[:, seen] += torch.bmm(dscores.transpose(1, 2), q_rows[:, part])
+        dq = (dq * ctx.scale).view(batch, groups, length, shared, width).transpose(1, 2).reshape(q.shape)
+        dk, dv = (t.to(dtype).view(batch, groups, length, width).transpose(1, 2) for t in (dk, dv))
+        return dq, dk, dv, None, None, None
