@@ -217,6 +217,8 @@ def train(target: str, overrides: list[str]) -> int | None:
 
     path = Path(target)
     if path.is_dir():
+        # The recipe in a run folder names the folder as it was; this one may have been moved.
+        overrides = [f"run={path.absolute()}", *overrides]
         path = path / "recipe.toml"
     tables = config.override(config.read(path), overrides)
     if "stage" not in tables:

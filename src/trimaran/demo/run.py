@@ -100,5 +100,7 @@ def measure_drafting(model: HybridModel, tokenizer: Tokenizer, held_out: TokenSh
 def samples(model: HybridModel, tokenizer: Tokenizer) -> list[str]:
     """Continuations of a few openings, the openings included."""
     settings = Sampling(temperature=0.7, top_p=0.95, max_tokens=72, seed=0)
-    outputs = generate(model, [tokenizer.encode(prompt) for prompt in PROMPTS], settings, tokenizer=tokenizer, draft=1)
+    begun = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # as every document of the training text begins
+    prompts = [begun + tokenizer.encode(prompt) for prompt in PROMPTS]
+    outputs = generate(model, prompts, settings, tokenizer=tokenizer, draft=1)
     return [prompt + output.text for prompt, output in zip(PROMPTS, outputs, strict=True)]

@@ -287,6 +287,7 @@ def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
         if "lm_head.weight" in tensors and model.config.tie_embeddings:
             tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the format shares no memory
         save_file(tensors, stage / name, metadata={"format": "pt"})
+        (stage / name).chmod(0o644)  # the library writes 0600, and hub folders are shared
         sync(stage / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -234,10 +234,10 @@ def build(
         model = HybridModel(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            asked = torch.empty_like(parameter, device=device, dtype=parameter_dtype(name, dtype))
+            asked = torch.empty(parameter.shape, device=device, dtype=parameter_dtype(name, dtype))
             setattr(module, name, nn.Parameter(asked))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device, dtype=parameter_dtype(name, dtype)))
+            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=parameter_dtype(name, dtype)))
     if torch.device(device).type != "meta":
         initialise(model, seed)
     return model
