@@ -6,7 +6,7 @@ import torch
 from tests.ops.agree import DTYPES, LENGTHS, agree, drawn
 from trimaran.ops import experts
 
-EXPERTS, CHOSEN, WIDTH, HIDDEN = 8, 3, 16, 24
+EXPERTS, CHOSEN, WIDTH = 8, 3, 16
 
 
 def routed(ids, align):
@@ -31,7 +31,8 @@ def dense(ids):
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("busy", [EXPERTS, 4], ids=["all experts", "some idle"])
-def test_grouped_equals_dense(align, tokens, dtype, busy):
+@pytest.mark.parametrize("hidden", [24, 7], ids=["aligned", "odd width"])
+def test_grouped_equals_dense(align, tokens, dtype, busy, hidden):
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, busy, generator=generator).topk(CHOSEN).indices
     agree(
@@ -39,8 +40,8 @@ def test_grouped_equals_dense(align, tokens, dtype, busy):
         dense(ids),
         drawn(tokens, WIDTH, dtype=dtype, seed=1),
         drawn(tokens, CHOSEN, dtype=torch.promote_types(dtype, torch.float32), seed=2),
-        drawn(EXPERTS, HIDDEN, WIDTH, dtype=dtype, seed=3, scale=0.3),
-        drawn(EXPERTS, WIDTH, HIDDEN, dtype=dtype, seed=4, scale=0.3),
+        drawn(EXPERTS, hidden, WIDTH, dtype=dtype, seed=3, scale=0.3),
+        drawn(EXPERTS, WIDTH, hidden, dtype=dtype, seed=4, scale=0.3),
     )
 
 

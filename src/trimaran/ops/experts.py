@@ -107,7 +107,9 @@ class FromExperts(torch.autograd.Function):
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Each expert's rows times its own weight: [S, I] -> [S, O]."""
     few = x_SI.shape[0] <= 2 * weight_EOI.shape[0]
-    if few or x_SI.dtype == torch.float64:  # the grouped kernel has no fp64
+    # The grouped kernel has no fp64, and wants rows that begin at multiples of 16 bytes.
+    odd = any(width * x_SI.element_size() % 16 for width in weight_EOI.shape[1:])
+    if few or odd or x_SI.dtype == torch.float64:
         return grouped_linear_reference(x_SI, weight_EOI, count_E)
     return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=count_E.cumsum(0).to(torch.int32))
 
