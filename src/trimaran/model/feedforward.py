@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from trimaran.model.config import ModelConfig
 from trimaran.model.linear import Linear
 from trimaran.model.scale import Scale
+from trimaran.ops.activation import relu2
 
 
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
     """relu(up)^2 where there is no gate, silu(gate) * up where there is."""
-    return F.relu(up).square() if gate is None else F.silu(gate) * up
+    return relu2(up) if gate is None else F.silu(gate) * up
 
 
 class FeedForward(nn.Module):

@@ -1,0 +1,32 @@
+"""Squared ReLU, relu(x)^2 (Primer, arXiv 2109.08668), with one tensor kept for backward instead of two."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return ReLU2.apply(x)
+
+
+def relu2_reference(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+class ReLU2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        if not ctx.needs_input_grad[0]:
+            return positive.square_()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
