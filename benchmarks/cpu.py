@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimaran.engine.plain import prefill
 from trimaran.model import hub
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel, build
-from trimaran.model.moe import MoE
 from trimaran.ops.loss import cross_entropy
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,48 +104,55 @@ def random_tokens(batch: int, length: int, vocab: int, seed: int = 0) -> Tensor:
     return (uniform**3 * vocab).long()
 
 
-def our_training(model: HybridModel, tokens: Tensor, dtype: str, mtp_scale: float = 0.0) -> Side:
-    """Forward, backward, AdamW; with the draft block's loss when it has one."""
+def training(model: nn.Module, loss: Callable[[], Tensor], tokens: int, dtype: str) -> Side:
+    """One optimizer step, alike for both sides."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    last = 2 if mtp_scale else 1
-    inputs = tokens[:, : tokens.shape[1] - last + 1]
-    weights = torch.ones(inputs.shape)
-    weights[:, -1] = 0 if last == 1 else 1
-    targets = [tokens.roll(-d, 1)[:, : inputs.shape[1]] for d in (1, 2)]
 
     def turn() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            hidden = model.hidden(inputs)
-            loss = cross_entropy(hidden.flatten(0, 1), model.head, targets[0].flatten(), weights.flatten())
-            if model.mtp is not None:
-                deeper = model.mtp(hidden, targets[0]).flatten(0, 1)
-                loss = loss + mtp_scale * cross_entropy(deeper, model.head, targets[1].flatten(), weights.flatten())
-            loss = loss / weights.sum()
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.take_stats()
-        loss.backward()
+            value = loss()
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()[None]
+        return value.detach()[None]
 
-    return Side(turn, inputs.numel())
+    return Side(turn, tokens)
+
+
+def our_training(model: HybridModel, tokens: Tensor, dtype: str) -> Side:
+    """Forward, backward, AdamW, on the targets that the peer's own loss takes."""
+    weights = torch.ones(tokens.shape)
+    weights[:, -1] = 0
+
+    def loss() -> Tensor:
+        hidden = model.hidden(tokens).flatten(0, 1)
+        return cross_entropy(hidden, model.head, tokens.roll(-1, 1).flatten(), weights.flatten()) / weights.sum()
+
+    return training(model, loss, tokens.numel(), dtype)
+
+
+def tiny_training(model: HybridModel) -> Side:
+    """The demo's step: packed documents, next token and draft block."""
+    tokens = random_tokens(8, 258, model.config.vocab_size)
+    inputs, one, two = (tokens[:, d : 256 + d] for d in range(3))
+    ids = (torch.rand(inputs.shape, generator=torch.Generator().manual_seed(1)) < 1 / 1000).cumsum(1)
+    weights = torch.full((inputs.numel(),), 1 / inputs.numel())
+
+    def loss() -> Tensor:
+        hidden = model.hidden(inputs, ids)
+        deeper = model.mtp(hidden, one, ids)
+        drafted = cross_entropy(deeper.flatten(0, 1), model.head, two.flatten(), weights)
+        return cross_entropy(hidden.flatten(0, 1), model.head, one.flatten(), weights) + 0.2 * drafted
+
+    return training(model, loss, inputs.numel(), "bf16")
 
 
 def peer_training(model: Any, tokens: Tensor, dtype: str) -> Side:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def loss() -> Tensor:
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    def turn() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()[None]
-
-    return Side(turn, tokens.numel())
+    return training(model, loss, tokens.numel(), dtype)
 
 
 def our_prefill(model: HybridModel, tokens: Tensor) -> Side:
@@ -268,8 +274,7 @@ def load_peer(folder: str, dtype: torch.dtype) -> Any:
 def measure(cases: list[str], models: list[str], dtypes: list[str], repeat: int) -> Iterator[dict[str, Any]]:
     """One row after the other; training comes last in fp32, since it changes the weights."""
     if "train 8x256" in cases:
-        ours = our_training(build(TINY), random_tokens(8, 258, TINY.vocab_size), "bf16", mtp_scale=0.2)
-        yield row("train 8x256", "tiny", "bf16", [ours], 4 * repeat)
+        yield row("train 8x256", "tiny", "bf16", [tiny_training(build(TINY))], 4 * repeat)
     inference = [case for case in cases if case.startswith(("prefill", "decode"))]
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
