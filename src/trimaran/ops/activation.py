@@ -17,6 +17,8 @@ def relu2_reference(x: Tensor) -> Tensor:
 
 
 class ReLU2(torch.autograd.Function):
+    """Keeps relu(x)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = F.relu(x)

@@ -84,6 +84,8 @@ class ToExperts(torch.autograd.Function):
 
 
 class FromExperts(torch.autograd.Function):
+    """A weighted gather; every row belongs to one choice at most, so its gradient is written, not added."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, slot_MK: Tensor, weight_MK: Tensor) -> Tensor:
         ctx.save_for_backward(y, slot_MK, weight_MK)

@@ -42,7 +42,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        hidden_grad = torch.empty_like(hidden) if wanted else None
+        hidden_grad = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters if wanted]
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)

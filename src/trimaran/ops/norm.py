@@ -65,12 +65,14 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(torch.autograd.Function):
+    """Keeps x and its inverse RMS per row."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         rows = rows_of(x)
         out = torch.empty(rows.shape, dtype=dtype, device=x.device)
         scales = []
-        for part in blocks(*rows.shape, x.device):
+        for part in blocks(len(rows), rows.shape[1], x.device):
             piece = at_least_fp32(rows[part])
             scales.append(inverse_rms(piece, eps))
             out[part] = (piece * scales[-1]).mul_(weight)
@@ -84,7 +86,7 @@ class RMSNorm(torch.autograd.Function):
         rows, grads = rows_of(x), rows_of(grad)
         dx, wide = torch.empty_like(rows), at_least_fp32(weight)
         dweight = torch.zeros_like(wide)
-        for part in blocks(*rows.shape, x.device):
+        for part in blocks(len(rows), rows.shape[1], x.device):
             unit = at_least_fp32(rows[part]) * scale[part]
             piece = at_least_fp32(grads[part])
             dweight += (piece * unit).sum(0)
@@ -95,12 +97,14 @@ class RMSNorm(torch.autograd.Function):
 
 
 class GatedRMSNorm(torch.autograd.Function):
+    """Keeps y, the gate and the inverse RMS per row and group; y * silu(gate) is made again in backward."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         y_MD, gate_MD = rows_of(y), rows_of(gate)
         out = torch.empty(y_MD.shape, dtype=gate.dtype, device=y.device)
         scales = []
-        for part in blocks(*y_MD.shape, y.device):
+        for part in blocks(len(y_MD), y_MD.shape[1], y.device):
             u = F.silu(at_least_fp32(gate_MD[part])).mul_(y_MD[part]).unflatten(-1, (groups, -1))
             scales.append(inverse_rms(u, eps))
             out[part] = u.mul_(scales[-1]).flatten(-2).mul_(weight)
@@ -115,7 +119,7 @@ class GatedRMSNorm(torch.autograd.Function):
         y_MD, gate_MD, grad_MD, split = rows_of(y), rows_of(gate), rows_of(grad), (ctx.groups, -1)
         dy, dgate, wide = torch.empty_like(y_MD), torch.empty_like(gate_MD), at_least_fp32(weight)
         dweight = torch.zeros_like(wide)
-        for part in blocks(*y_MD.shape, y.device):
+        for part in blocks(len(y_MD), y_MD.shape[1], y.device):
             z, piece = at_least_fp32(gate_MD[part]), at_least_fp32(grad_MD[part])
             silu = F.silu(z)
             unit = (silu * y_MD[part]).unflatten(-1, split).mul_(scale[part])
