@@ -32,6 +32,7 @@ from trimaran.model import hub
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel, build
 from trimaran.ops.loss import cross_entropy
+from trimaran.ops.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -368,6 +369,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory stays with the process (both sides)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.png")
     asked = parser.parse_args()
@@ -375,7 +377,8 @@ def main() -> int:
     single = [case for kind in CASES.values() for case in kind]
     cases = [case for word in choice([*CASES, *single], asked.cases) for case in (CASES.get(word) or (word,))]
     torch.set_num_threads(asked.threads)
-    result: dict[str, Any] = {"conditions": conditions(), "rows": []}
+    kept = asked.keep_memory and keep_freed_memory()
+    result: dict[str, Any] = {"conditions": conditions() | {"keep_memory": kept}, "rows": []}
     started = time.monotonic()
     for found in measure(cases, choice([*MODELS], asked.models), choice([*DTYPES], asked.dtypes), asked.repeat):
         result["rows"].append(found)
