@@ -20,4 +20,4 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     kept, faults = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert kept == "False" or int(faults) < 4096  # one block alone is 4096 pages
+    assert kept == "False" or int(faults) < 5 * 4096  # a block is 4096 pages; without the setting all 20 come fresh
