@@ -11,13 +11,14 @@ def test_freed_memory_stays_when_asked():
 import resource, torch
 from trimaran.ops.memory import keep_freed_memory
 kept = keep_freed_memory()
-torch.ones(1 << 22)
+for _ in range(10):  # the heap settles
+    torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(1 << 22)
+for _ in range(4):
+    torch.ones(1 << 24)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     kept, faults = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert kept == "False" or int(faults) < 5 * 4096  # a block is 4096 pages; without the setting all 20 come fresh
+    assert kept == "False" or int(faults) < 16384  # the pages of one block; without the setting each comes fresh
