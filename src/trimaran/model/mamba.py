@@ -65,12 +65,14 @@ class Mamba(nn.Module):
             projected = self.s_in(projected)
         z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
         seg_BT, real_BT = layout.seg_BT, layout.real_BT
-        tail_BWC = None if state is None else state.tail
         step = state is not None and layout.length == 1 and seg_BT is None and real_BT is None
-        if step:
-            mixed_BTC, tail_BWC = self.conv1d.step(inputs_BTC, tail_BWC)
+        if state is None:
+            mixed_BTC = self.conv1d(inputs_BTC, None, seg_BT)
+        elif step:
+            mixed_BTC, tail_BWC = self.conv1d.step(inputs_BTC, state.tail)
         else:
-            mixed_BTC = self.conv1d(inputs_BTC, tail_BWC, seg_BT)
+            mixed_BTC = self.conv1d(inputs_BTC, state.tail, seg_BT)
+            tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, state.tail, seg_BT, layout.count_B)
         xs_BTC, B_BTC, C_BTC = mixed_BTC.split([self.width, self.groups * self.size, self.groups * self.size], -1)
         xs_BTHP = xs_BTC.unflatten(-1, (self.heads, self.head_dim))
         B_BTGN, C_BTGN = (t.unflatten(-1, (self.groups, self.size)) for t in (B_BTC, C_BTC))
@@ -79,8 +81,6 @@ class Mamba(nn.Module):
             dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
         y_BTHP, ssm_BHPN = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, state, seg_BT, step)
         if state is not None:
-            if not step:
-                tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, tail_BWC, seg_BT, layout.count_B)
             state.advance(inputs_BTC, xs_BTHP, B_BTGN, dt_BTH, tail_BWC, ssm_BHPN)
         y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
