@@ -101,21 +101,11 @@ def test_a_step_in_parts_is_the_same_step(count):
         torch.testing.assert_close(found[1][1][name], tensor, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_some_rows_train_the_draft_block_and_count_fully(model):
-    """With a quarter of the rows the draft block's terms are those of these rows alone; the trunk's are untouched."""
-    batch, rows = packed(), [0, 4]
-    some = Pretraining(model, mtp_scale=0.3, aux_loss=0.0, router_bias_rate=0.0, mtp_share=0.25)
-    whole = Pretraining(model, mtp_scale=0.3, aux_loss=0.0, router_bias_rate=0.0)
-    _, found = some.terms(some.streams(batch))
-    _, trunk = whole.terms(whole.streams(batch))
-    alone = Batch(batch.tokens_BT[rows], batch.targets_BT[rows], batch.doc_ids_BT[rows], batch.weights_BT[rows])
-    _, draft = whole.terms(whole.streams(alone))
-    torch.testing.assert_close(found["loss"], trunk["loss"])
-    for name in ("mtp_1", "mtp_2"):
-        torch.testing.assert_close(found[name], draft[name])
-        assert float(found[name]) != float(trunk[name])
-    with pytest.raises(ValueError, match="parts of a step"):
-        parts(some.streams(batch), 2)
+def test_the_draft_block_may_train_on_some_steps_only(model):
+    objective = Pretraining(model, mtp_scale=0.3, aux_loss=0.0, router_bias_rate=0.0, mtp_every=3)
+    for step in range(7):
+        found = objective.terms(objective.streams(packed(), step))[1]
+        assert ("mtp_2" in found) == (step % 3 == 0)
 
 
 def test_mtp_without_a_target_costs_nothing_and_trains_nothing_wrong(model):

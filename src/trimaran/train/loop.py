@@ -32,7 +32,7 @@ from trimaran.train.validate import evaluate
 class Objective(Protocol):
     """What a step minimises; see `objective.Pretraining`."""
 
-    def streams(self, batch: Batch) -> Streams: ...
+    def streams(self, batch: Batch, step: int) -> Streams: ...
     def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]: ...
     def observed(self) -> Mapping[str, Tensor]: ...
     def after_step(self) -> None: ...
@@ -105,7 +105,7 @@ def train_step(run: Run, batch: Batch, lr: float) -> dict[str, float]:
     Reading those is the one wait for the device in a step: nothing may be updated before they are known to be finite.
     """
     objective, model = run.objective, run.model
-    streams = objective.streams(batch).to(model.device)
+    streams = objective.streams(batch, run.step).to(model.device)
     run.optimizer.zero_grad(set_to_none=True)
     seen: dict[str, Tensor] = {}
     for part in parts(streams, run.settings.accumulate):

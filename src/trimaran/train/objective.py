@@ -6,7 +6,7 @@ Each cross-entropy is divided by the sum of its own weights over the *whole* opt
 parts changes nothing. The weights are divided before the first part is computed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,29 +28,18 @@ class Depth:
     targets_BT: Tensor
     weights_BT: Tensor
 
-    def of_rows(self, rows: list[int]) -> "Depth":
-        """The same for some rows."""
-        next_BT = None if self.next_BT is None else self.next_BT[rows]
-        return Depth(next_BT, self.targets_BT[rows], self.weights_BT[rows])
-
 
 @dataclass(frozen=True)
 class Streams:
-    """A step's rows, or some of them: `share` is the part of the step's rows that they are.
-
-    drafted: the rows that also train the draft block, in order; None: all of them.
-    """
+    """A step's rows, or some of them: `share` is the part of the step's rows that they are."""
 
     tokens_BT: Tensor
     doc_ids_BT: Tensor
     depths: tuple[Depth, ...]
     share: float = 1.0
-    drafted: tuple[int, ...] | None = None
 
     def rows(self, start: int, stop: int) -> "Streams":
         """Rows from `start` to `stop`."""
-        if self.drafted is not None:
-            raise ValueError("parts of a step of which some rows train the draft block: the balance loss would differ")
         share = self.share * (stop - start) / len(self.tokens_BT)
         return self._each(lambda stream: stream[start:stop], share)
 
@@ -63,15 +52,14 @@ class Streams:
             Depth(None if one.next_BT is None else change(one.next_BT), change(one.targets_BT), change(one.weights_BT))
             for one in self.depths
         )
-        return Streams(change(self.tokens_BT), change(self.doc_ids_BT), depths, share, self.drafted)
+        return Streams(change(self.tokens_BT), change(self.doc_ids_BT), depths, share)
 
 
-def streams(batch: Batch, depths: int, mtp_share: float = 1.0) -> Streams:
+def streams(batch: Batch, depths: int) -> Streams:
     """Targets of the trunk and of `depths` further tokens, the weights of each summing to 1.
 
     At depth d the place t reads token t + d and predicts token t + d + 1. It counts where all of t ... t + d + 1 are
-    in the row and in one document (the trunk's own target may lie one past the row), and where the row is one of the
-    `mtp_share` of rows, evenly spread, that train the draft block.
+    in the row and in one document (the trunk's own target may lie one past the row).
     """
     ids_BT = batch.doc_ids_BT
     goes_on_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -79,17 +67,11 @@ def streams(batch: Batch, depths: int, mtp_share: float = 1.0) -> Streams:
     if not bool((batch.weights_BT != 0).any()):
         raise Refusal("a batch without a target to learn", "at least one weight above 0", "give longer documents")
     found = [Depth(None, batch.targets_BT, batch.weights_BT)]
-    drafted = None
-    if depths and mtp_share < 1:
-        rows = len(ids_BT)
-        chosen = max(1, round(mtp_share * rows))
-        drafted = tuple(rows * place // chosen for place in range(chosen))
-        goes_on_BT[[row for row in range(rows) if row not in drafted]] = False
     for _ in range(depths):
         last = found[-1]
         weights_BT = shifted(last.weights_BT) * goes_on_BT
         found.append(Depth(last.targets_BT, shifted(last.targets_BT), weights_BT))
-    return Streams(batch.tokens_BT, ids_BT, tuple(normalised(depth) for depth in found), drafted=drafted)
+    return Streams(batch.tokens_BT, ids_BT, tuple(normalised(depth) for depth in found))
 
 
 def shifted(x_BT: Tensor) -> Tensor:
@@ -106,8 +88,8 @@ def normalised(depth: Depth) -> Depth:
 
 
 class Pretraining:
-    """The objective of a pretraining step. `mtp_scale` 0 leaves the draft block untrained; `mtp_share` is the share of
-    a step's rows that train it, for where its cost counts for more than its quality.
+    """The objective of a pretraining step. `mtp_scale` 0 leaves the draft block untrained; it trains on every
+    `mtp_every`-th step, for where its cost counts for more than its quality.
 
     An objective turns a batch into streams, streams into named terms that are added up and differentiated, and acts
     once the weights have changed; the loop knows no more of it.
@@ -120,15 +102,15 @@ class Pretraining:
         mtp_scale: float,
         aux_loss: float,
         router_bias_rate: float,
-        mtp_share: float = 1.0,
+        mtp_every: int = 1,
     ):
-        self.model, self.mtp_scale, self.mtp_share, self.aux_loss = model, mtp_scale, mtp_share, aux_loss
+        self.model, self.mtp_scale, self.mtp_every, self.aux_loss = model, mtp_scale, mtp_every, aux_loss
         self.depths = model.config.mtp_depth if model.mtp is not None and mtp_scale else 0
         self.balance = Balance(model, router_bias_rate)
 
-    def streams(self, batch: Batch) -> Streams:
-        """A whole step, its weights normalised; on the device of `batch`."""
-        return streams(batch, self.depths, self.mtp_share)
+    def streams(self, batch: Batch, step: int = 0) -> Streams:
+        """A whole step, its weights normalised; on the device of `batch`. `step` counts the updates before it."""
+        return streams(batch, 0 if step % self.mtp_every else self.depths)
 
     def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]:
         """(what to differentiate, its terms by name as they are reported: detached, before scaling)."""
@@ -137,8 +119,11 @@ class Pretraining:
         trunk, *further = part.depths
         loss = weighted(hidden_BTD, head, trunk)
         reported = {"loss": loss.detach()}
-        for name, term in self.draft_terms(hidden_BTD, part, further):
-            reported[name] = term.detach()
+        for number, depth in enumerate(further, 1):
+            assert model.mtp is not None  # self.depths is 0 without one
+            hidden_BTD = model.mtp(hidden_BTD, depth.next_BT, part.doc_ids_BT)
+            term = weighted(hidden_BTD, head, depth)
+            reported[f"mtp_{number}"] = term.detach()
             loss = loss + self.mtp_scale / len(further) * term
         balance = self.balance.collect()
         if balance is not None:
@@ -147,18 +132,6 @@ class Pretraining:
             if self.aux_loss:
                 loss = loss + self.aux_loss * part.share * total
         return loss, reported
-
-    def draft_terms(self, hidden_BTD: Tensor, part: Streams, depths: list[Depth]) -> Iterator[tuple[str, Tensor]]:
-        """The cross-entropy of each further depth, over the rows that train the draft block."""
-        mtp, head, ids_BT = self.model.mtp, self.model.head, part.doc_ids_BT
-        if part.drafted is not None:
-            rows = list(part.drafted)
-            hidden_BTD, ids_BT = hidden_BTD[rows], ids_BT[rows]
-            depths = [depth.of_rows(rows) for depth in depths]
-        for number, depth in enumerate(depths, 1):
-            assert mtp is not None  # self.depths is 0 without one
-            hidden_BTD = mtp(hidden_BTD, depth.next_BT, ids_BT)
-            yield f"mtp_{number}", weighted(hidden_BTD, head, depth)
 
     def observed(self) -> Mapping[str, Tensor]:
         """What else is worth a line in the metrics, before `after_step` forgets it."""

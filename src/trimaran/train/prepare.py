@@ -143,7 +143,7 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
     objective = Pretraining(
         model,
         mtp_scale=settings.mtp_scale,
-        mtp_share=settings.mtp_share,
+        mtp_every=settings.mtp_every,
         aux_loss=settings.aux_loss,
         router_bias_rate=settings.router_bias_rate,
     )

@@ -12,6 +12,7 @@ from trimaran import config
 from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.size import count
+from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import curve_png, environment, read_metrics, say, series
 from trimaran.train.loop import Run, fit
 from trimaran.train.prepare import Texts, begin, prepare
@@ -26,6 +27,7 @@ def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
     The run folder ends as a hub folder (config.json, safetensors, tokenizer, chat template) with recipe.toml,
     metrics.jsonl, curve.png and result.json, which is written last. `texts` stands in for those the recipe names.
     """
+    keep_freed_memory()  # worth a tenth of a small model's step; whoever calls this owns the process
     recipe = located(recipe)
     folder = Path(recipe.run)
     begun_before = (folder / RECIPE).is_file()

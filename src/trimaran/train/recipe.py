@@ -117,7 +117,7 @@ class TrainSettings(Settings):
     router_bias_rate: float = Field(1e-3, ge=0)
     aux_loss: float = Field(1e-4, ge=0)
     mtp_scale: float = Field(0.3, ge=0)
-    mtp_share: float = Field(1.0, gt=0, le=1)  # of a step's rows, those that train the draft block
+    mtp_every: int = Field(1, gt=0)  # steps from one on which the draft block trains to the next
     eval_every: int = Field(0, ge=0)  # steps; 0: at the end only
     eval_tokens: int | None = Field(None, gt=0)  # of each held-out text, to whole documents; none: all
     checkpoint_every: int = Field(100, ge=0)  # steps; 0: at the end only
@@ -131,9 +131,6 @@ class TrainSettings(Settings):
         if self.accumulate > self.batch_size:
             found = f"accumulate = {self.accumulate}"
             raise Refusal(found, f"1 to batch_size = {self.batch_size}", "lower it, or raise batch_size")
-        if self.mtp_share < 1 and self.accumulate > 1:
-            found = f"mtp_share = {self.mtp_share} with accumulate = {self.accumulate}"
-            raise Refusal(found, "mtp_share = 1, or accumulate = 1", "set one of them to 1")
         if self.min_lr > self.lr:
             raise Refusal(f"min_lr = {self.min_lr}", f"0 to lr = {self.lr}", "lower min_lr")
         return self
