@@ -11,10 +11,10 @@ SOURCE = ROOT / "src" / "trimaran"
 
 # In the order of DESIGN.md. A room may import the rooms before it and itself.
 STREET = [
-    *("errors", "config", "report", "ops", "model", "text", "data", "parallel", "quant", "train", "plan", "engine"),
-    *("serve", "tasks", "evals", "rl", "compress", "curate", "speech", "studies", "demo"),
+    *("errors", "disk", "config", "report", "ops", "model", "text", "data", "parallel", "quant", "train", "plan"),
+    *("engine", "serve", "tasks", "evals", "rl", "compress", "curate", "speech", "studies", "demo"),
 ]
-TORCH_FREE = {"errors", "config", "report", "text", "tasks"}
+TORCH_FREE = {"errors", "disk", "config", "report", "text", "tasks"}
 DOORS = {"cli": {"errors", "config"}, "__main__": {"cli"}, "__init__": {"model", "text"}}  # what the doors may import
 LONELY = {"studies"}  # rooms that nobody imports
 BROAD_BOUNDARIES = {"text/tokenizer.py:backend_of": "the tokenizers library raises plain Exception for a bad file"}

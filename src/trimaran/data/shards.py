@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from trimaran.data.corpora import Document, Documents
+from trimaran.disk import sync
 from trimaran.errors import Refusal
 from trimaran.text.tokenizer import Tokenizer
 
@@ -217,12 +218,3 @@ def checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def sync(path: Path) -> None:
-    """Asks the disk to keep a file or folder now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimaran.disk import sync
 from trimaran.errors import Refusal, nearest_first
 from trimaran.model.dialects import dump_json, model_type, read_config, write_config
 from trimaran.model.hybrid import HybridModel, build
@@ -324,12 +325,3 @@ def swap_in(stage: Path, folder: Path) -> list[str]:
 def write_synced(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
     sync(file)
-
-
-def sync(path: Path) -> None:
-    """To disk, so that the rename that follows cannot outrun the content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

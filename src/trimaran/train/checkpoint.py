@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trimaran.data.shards import checksum, sync
+from trimaran.data.shards import checksum
+from trimaran.disk import sync
 from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.config import ModelConfig
