@@ -23,7 +23,8 @@ class Output:
     or max_tokens; `stop` is the end token's id or the stop string. logprobs: natural logarithms of the chosen tokens'
     probabilities under the model's own law, law_logprobs: under the law that the settings made of it; None unless
     asked for. passes: passes of the whole model that gave tokens, the prompt's included; drafted, accepted: tokens
-    that the draft block proposed, and those of them that stand in `tokens`.
+    that were proposed for verification, and those of them that stand in `tokens`. cached: prompt tokens that a prefix
+    cache spared.
     """
 
     prompt: int
@@ -38,6 +39,7 @@ class Output:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    cached: int = 0
 
 
 class Row:
