@@ -12,20 +12,21 @@ on (seed, sample, prompt, place) alone, drafting changes how many tokens a pass 
 Shapes: B rows still growing, K = k + 1 tokens per pass, T pairs that the draft block has not read, D width, V ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trimaran.engine.choose import Choice, choose
+from trimaran.engine.guide import Guide
 from trimaran.engine.row import Output, Row, open_rows
-from trimaran.engine.sampler import Law, Sampling, draw
+from trimaran.engine.sampler import Law, Sampling
 from trimaran.errors import Refusal
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.layout import PADDING
 from trimaran.model.state import State
-from trimaran.ops.numbers import at_least_fp32
 from trimaran.text.tokenizer import Tokenizer
 
 BLOCK = 2048  # prompt tokens per row and pass: bounds the memory of a long prompt's activations
@@ -49,14 +50,16 @@ def generate(
     tokenizer: Tokenizer | None = None,
     draft: int = 0,
     block: int = BLOCK,
+    guides: Sequence[Callable[[], Guide] | None] | None = None,
 ) -> list[Output]:
     """Continues all prompts (token ids) as one batch; an output for each sample of each prompt, in that order.
 
     settings: for all prompts, or one per prompt. tokenizer: needed for text and stop strings; ids that it cannot spell
     are then never chosen. draft: tokens that the model's draft block proposes per pass. block: prompt tokens per pass.
+    guides: for each prompt, what makes the guide of each of its samples.
     Raises `Refusal` for an empty prompt, ids outside the vocabulary, and a draft asked of a model without MTP.
     """
-    pieces = stream(model, prompts, settings, tokenizer=tokenizer, draft=draft, block=block)
+    pieces = stream(model, prompts, settings, tokenizer=tokenizer, draft=draft, block=block, guides=guides)
     ended = {piece.row: piece.output for piece in pieces if piece.output is not None}
     return [ended[row] for row in sorted(ended)]
 
@@ -70,11 +73,12 @@ def stream(
     tokenizer: Tokenizer | None = None,
     draft: int = 0,
     block: int = BLOCK,
+    guides: Sequence[Callable[[], Guide] | None] | None = None,
 ) -> Iterator[Piece]:
     """`generate`, a piece at a time: every pass yields one piece for each row that grew."""
     check_draft(draft, model.config)
     each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
-    rows = open_rows(model.config, prompts, each, tokenizer)
+    rows = open_rows(model.config, prompts, each, tokenizer, guides)
     if not rows:
         return
 
@@ -190,42 +194,24 @@ class Batch:
 
     def take(self, hidden_BKD: Tensor, drafts_Bk: Tensor) -> list[Piece]:
         """Chooses after each token just read, keeps what stands, lets finished rows leave; a piece per row."""
-        k = drafts_Bk.shape[1]
-        logits_BKV = self.model.head(hidden_BKD)
-        if not bool(logits_BKV.amax().isfinite()):
-            raise Refusal("logits that are no numbers", "a model with finite weights", "take an earlier checkpoint")
-        picks_BK, logprobs = self.choose(logits_BKV, drafts_Bk)
-        accepted_B = (picks_BK[:, :k] == drafts_Bk).long().cumprod(1).sum(1)
+        asks = [
+            row.ask(None if self.seen_BV is None else self.seen_BV[place], drafts)
+            for place, (row, drafts) in enumerate(zip(self.rows, drafts_Bk.tolist(), strict=True))
+        ]
+        choices = choose(self.model.head(hidden_BKD).flatten(0, 1), asks, self.spelled)
+        for choice in choices:
+            if choice.refusal is not None:
+                raise choice.refusal
+        k, device = drafts_Bk.shape[1], self.model.device
+        self.unread_B = torch.tensor([len(choice.tokens) for choice in choices], device=device)
         if k:
-            self.state.keep(accepted_B + 1)
-        self.newest_B1 = picks_BK.gather(1, accepted_B[:, None])
-        self.unread_hidden_BTD, self.unread_tokens_BT, self.unread_B = hidden_BKD, picks_BK, accepted_B + 1
-        pieces = self.push(picks_BK.tolist(), accepted_B.tolist(), k, logprobs)
+            self.state.keep(self.unread_B)
+        said = [choice.tokens + [0] * (k + 1 - len(choice.tokens)) for choice in choices]
+        self.unread_hidden_BTD, self.unread_tokens_BT = hidden_BKD, torch.tensor(said, device=device)
+        self.newest_B1 = self.unread_tokens_BT.gather(1, self.unread_B[:, None] - 1)
+        pieces = [self.push(place, choice, k) for place, choice in enumerate(choices)]
         self.leave()
         return pieces
-
-    def choose(self, logits_BKV: Tensor, drafts_Bk: Tensor) -> tuple[Tensor, list[list[list[float]]] | None]:
-        """The sampler's choice at each of the K places [B, K], the drafts before a place taken as said.
-
-        Also the choices' log-probabilities [B][K] (model's law, sampling law), where a row asks for them.
-        """
-        seen_BV = self.seen_BV.clone() if self.seen_BV is not None else None
-        picks, logprobs = [], []
-        for place in range(logits_BKV.shape[1]):
-            if seen_BV is not None and place:
-                seen_BV.scatter_(1, drafts_Bk[:, place - 1 : place], True)
-            logits_BV = self.spellable(logits_BKV[:, place])
-            if self.law.all_greedy:
-                pick_B = self.law.scores(logits_BV, seen_BV).argmax(-1)
-            else:
-                law_BV = self.law.probabilities(logits_BV, seen_BV)
-                pick_B = draw(law_BV, [row.uniform(place) for row in self.rows])
-            picks.append(pick_B)
-            if any(row.settings.logprobs for row in self.rows):
-                model_BV = at_least_fp32(logits_BKV[:, place]).log_softmax(-1)
-                law_BV = self.law.probabilities(logits_BV, seen_BV).log()
-                logprobs.append(torch.stack([t.gather(1, pick_B[:, None])[:, 0] for t in (model_BV, law_BV)], 1))
-        return torch.stack(picks, 1), torch.stack(logprobs, 1).tolist() if logprobs else None
 
     def spellable(self, logits_BV: Tensor) -> Tensor:
         """The logits, without hope for ids that the tokenizer lacks: models often round their vocabulary up."""
@@ -235,26 +221,21 @@ class Batch:
         logits_BV[:, self.spelled :] = -torch.inf
         return logits_BV
 
-    def push(
-        self, picks: list[list[int]], accepted: list[int], k: int, logprobs: list[list[list[float]]] | None
-    ) -> list[Piece]:
-        """Hands each row its tokens, until it ends: an end token or stop string may stand inside the accepted run."""
-        pieces = []
-        for place, row in enumerate(self.rows):
-            output = row.output
-            output.passes += 1
-            output.drafted += min(k, row.room)
-            tokens, text = [], ""
-            for j in range(accepted[place] + 1):
-                tokens.append(picks[place][j])
-                text += row.push(tokens[-1], None if logprobs is None else logprobs[place][j])
-                if output.finish is not None:
-                    break
-            output.accepted += min(len(tokens), accepted[place])
-            if self.seen_BV is not None:
-                self.seen_BV[place, tokens] = True
-            pieces.append(Piece(row.number, tokens, text, output if output.finish is not None else None))
-        return pieces
+    def push(self, place: int, choice: Choice, k: int) -> Piece:
+        """Hands a row its tokens, until it ends: an end token or stop string may stand inside the accepted run."""
+        row, tokens, text = self.rows[place], [], ""
+        output = row.output
+        output.passes += 1
+        output.drafted += min(k, row.room)
+        for ahead, token in enumerate(choice.tokens):
+            tokens.append(token)
+            text += row.push(token, choice.logprobs_at(ahead))
+            if output.finish is not None:
+                break
+        output.accepted += min(len(tokens), choice.accepted)
+        if self.seen_BV is not None:
+            self.seen_BV[place, tokens] = True
+        return Piece(row.number, tokens, text, output if output.finish is not None else None)
 
     def leave(self) -> None:
         """Drops the rows that have ended; the rest go on as a smaller batch."""

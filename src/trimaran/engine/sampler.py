@@ -16,7 +16,7 @@ pulling all of them towards the same tail of their laws.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import torch
@@ -83,6 +83,12 @@ class Law:
             column("min_p", 0.0),
             column("repetition_penalty", 1.0),
         )
+
+    def at(self, index_N: Tensor) -> "Law":
+        """The law of a batch whose row n is this one's row `index_N[n]`."""
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {name: value[index_N] if isinstance(value, Tensor) else value for name, value in columns.items()}
+        return Law(**columns)
 
     def scores(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         """Logits in at least fp32 after the repetition penalty, which is all that a greedy choice looks at."""

@@ -1,0 +1,283 @@
+"""Choosing tokens after a pass: one more for each row, and before it as many of its drafts as stand.
+
+A row comes with the logits of its newest token and of each of its k drafts: k + 1 places. The law of a place is the
+sampling law as if the drafts before it had been said: they count as seen for the repetition penalty, and the row's
+guide has been pushed them. What a guide forbids goes before everything else, so top_k and top_p share out what is left.
+
+Which drafts stand, for each row on its own:
+
+    coupled     the row's own draw is made at every place, and a draft stands while it is what was drawn. What is said
+                is plain sampling's, token for token, whoever drafted.
+    rejection   draft y, drawn from q where the law is p, stands with probability min(1, p(y) / q(y)); the first that
+                falls is replaced by a draw from (p - q)+, normalised. Exact in law, not token for token
+                (arXiv 2211.17192, 2302.01318; per row of a batch as in BASS, 2404.15778). A drafter without a law is
+                a point mass: y stands with probability p(y), and what replaces it is p without y.
+
+A drafter draws with the row's own numbers (`uniform`), as `coupled` does, so that drafts fall together with draws;
+`rejection` takes its own numbers for accepting and replacing, independent of those.
+
+Shapes: S rows, N = sum over rows of k + 1 places one row after the other, V ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trimaran.engine.guide import Guide
+from trimaran.engine.sampler import Law, Sampling, draw, uniform
+from trimaran.errors import Refusal
+from trimaran.ops.numbers import at_least_fp32
+
+Acceptance = Literal["coupled", "rejection"]
+
+# Places of `uniform` that no output reaches: numbers of their own for accepting and for replacing a draft.
+ACCEPT, REPLACE = 1 << 61, 1 << 62
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a choice depends on beside the logits, for one row.
+
+    key, place: the row's `key_of(...)` and how many tokens it has said. seen [V] bool: tokens of its prompt and
+    output, needed where it has a repetition penalty. guide: pushed all that was said; never pushed here. drafts: the
+    k tokens after which there are logits too. law [k, V]: what the drafts were drawn from; None: point masses.
+    top: how many of the likeliest tokens to report at each place.
+    """
+
+    settings: Sampling
+    key: bytes
+    place: int
+    seen: Tensor | None = None
+    guide: Guide | None = None
+    drafts: Sequence[int] = ()
+    law: Tensor | None = None
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a row says: `accepted` of its drafts and one token more.
+
+    logprobs, law_logprobs: natural logarithms, under the model's own law and under the sampling law; top: the
+    likeliest (id, log-probability) pairs of the model's law at each place; None unless the row asks. refusal: why the
+    row cannot go on (then tokens is empty); its neighbours are not touched by it.
+    """
+
+    tokens: list[int]
+    accepted: int
+    logprobs: list[float] | None = None
+    law_logprobs: list[float] | None = None
+    top: list[list[tuple[int, float]]] | None = None
+    refusal: Refusal | None = None
+
+    def logprobs_at(self, ahead: int) -> tuple[float, float] | None:
+        """The log-probabilities of the token `ahead` places on, for `Row.push`."""
+        if self.logprobs is None or self.law_logprobs is None:
+            return None
+        return self.logprobs[ahead], self.law_logprobs[ahead]
+
+
+def choose(
+    logits_NV: Tensor, asks: Sequence[Ask], spelled: int | None = None, acceptance: Acceptance = "coupled"
+) -> list[Choice]:
+    """The choice of each row, from the logits of all places, rows one after the other.
+
+    spelled: ids from there on are never chosen (models round their vocabulary up; the tokenizer lacks them).
+    """
+    places = Places(logits_NV, asks, spelled)
+    if acceptance == "coupled" or places.law.all_greedy:
+        tokens, accepted = coupled(places)
+    else:
+        tokens, accepted = rejection(places)
+    choices = [Choice(said, count) for said, count in zip(tokens, accepted, strict=True)]
+    for row, (ahead, refusal) in places.hopeless.items():
+        if accepted[row] >= ahead:
+            choices[row] = Choice([], 0, refusal=refusal)
+    return with_logprobs(places, choices)
+
+
+class Places:
+    """The places of a batch of rows: their logits without what is forbidden, and the laws that settings make of them.
+
+    starts: each row's first place. hopeless: for rows with a place that leaves no choice, how many places come before
+    the first such and why; its logits are zeros here, so that nothing downstream meets a NaN.
+    """
+
+    def __init__(self, logits_NV: Tensor, asks: Sequence[Ask], spelled: int | None):
+        counts = [len(ask.drafts) + 1 for ask in asks]
+        if sum(counts) != logits_NV.shape[0]:
+            raise ValueError(f"logits of {logits_NV.shape[0]} places, rows with {counts}")
+        self.asks, self.raw_NV, self.device = asks, logits_NV, logits_NV.device
+        self.starts = [0, *accumulate(counts)][: len(counts)]
+        rows_N = torch.arange(len(asks)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        self.law = Law.of([ask.settings for ask in asks], self.device).at(rows_N.to(self.device))
+        self.seen_NV = None if self.law.penalty_B1 is None else self._seen()
+        self.hopeless: dict[int, tuple[int, Refusal]] = {}
+        self.logits_NV = self._narrowed(spelled)
+
+    def _seen(self) -> Tensor:
+        """What each place's penalty falls on: the row's own tokens, and the drafts before the place."""
+        seen_NV = torch.zeros(self.raw_NV.shape, dtype=torch.bool, device=self.device)
+        for start, ask in zip(self.starts, self.asks, strict=True):
+            if ask.settings.repetition_penalty == 1:
+                continue
+            if ask.seen is None:
+                raise ValueError("a row with a repetition penalty comes without the tokens it has seen")
+            end = start + len(ask.drafts) + 1
+            seen_NV[start:end] = ask.seen
+            for ahead, token in enumerate(ask.drafts, 1):
+                seen_NV[start + ahead : end, token] = True
+        return seen_NV
+
+    def _narrowed(self, spelled: int | None) -> Tensor:
+        """The logits, -inf where an id may not be chosen."""
+        width = self.raw_NV.shape[-1]
+        places, masks = self._masks(width)
+        logits_NV = self.raw_NV
+        if places or (spelled is not None and spelled < width):
+            logits_NV = logits_NV.clone()
+            logits_NV[:, width if spelled is None else spelled :] = -torch.inf
+            if places:
+                index = torch.tensor(places, device=self.device)
+                allowed = torch.stack(masks).to(self.device)
+                logits_NV[index] = logits_NV[index].masked_fill(~allowed, -torch.inf)
+        hopeless = (~logits_NV.amax(-1).isfinite()).nonzero()[:, 0].tolist()
+        if hopeless:
+            logits_NV = logits_NV.clone()
+            logits_NV[hopeless] = 0
+            self._refuse(hopeless)
+        return logits_NV
+
+    def _masks(self, width: int) -> tuple[list[int], list[Tensor]]:
+        """Places that a guide narrows, and their masks [V]. A draft that it forbids ends the look along that row: its
+        place can not choose it, so none after it counts."""
+        places, masks = [], []
+        for start, ask in zip(self.starts, self.asks, strict=True):
+            if ask.guide is None:
+                continue
+            guide = ask.guide.fork() if ask.drafts else ask.guide
+            for ahead in range(len(ask.drafts) + 1):
+                mask = guide.allowed()
+                if mask is not None:
+                    places.append(start + ahead)
+                    masks.append(widened(mask, width))
+                if ahead == len(ask.drafts) or (mask is not None and not masks[-1][ask.drafts[ahead]]):
+                    break
+                guide.push(ask.drafts[ahead])
+        return places, masks
+
+    def _refuse(self, hopeless: list[int]) -> None:
+        """Notes the first of each row's places that has no choice: no id is allowed, or the model gave no numbers."""
+        for row, (start, ask) in enumerate(zip(self.starts, self.asks, strict=True)):
+            own = [place for place in hopeless if start <= place <= start + len(ask.drafts)]
+            if not own:
+                continue
+            if bool(self.raw_NV[own[0]].amax().isfinite()):
+                refusal = Refusal(
+                    f"no token that the row's rules allow after {ask.place + own[0] - start} of its own",
+                    "rules that this tokenizer can spell, and that do not contradict one another",
+                    "loosen the constraint, or give fewer at once",
+                )
+            else:
+                refusal = Refusal(
+                    "logits that are no numbers", "a model with finite weights", "take an earlier checkpoint"
+                )
+            self.hopeless[row] = (own[0] - start, refusal)
+
+    @cached_property
+    def law_NV(self) -> Tensor:
+        """The sampling law of every place, in at least fp32."""
+        return self.law.probabilities(self.logits_NV, self.seen_NV)
+
+    def draws(self) -> list[int]:
+        """The row's own choice at every place: the likeliest, or a draw with its own numbers."""
+        if self.law.all_greedy:
+            return self.law.scores(self.logits_NV, self.seen_NV).argmax(-1).tolist()
+        numbers = [uniform(ask.key, ask.place + ahead) for ask in self.asks for ahead in range(len(ask.drafts) + 1)]
+        return draw(self.law_NV, numbers).tolist()
+
+
+def widened(mask_V: Tensor, width: int) -> Tensor:
+    """`mask` as one of `width` ids, those past its end forbidden."""
+    if mask_V.shape[0] >= width:
+        return mask_V[:width]
+    return torch.cat([mask_V, mask_V.new_zeros(width - mask_V.shape[0])])
+
+
+def coupled(places: Places) -> tuple[list[list[int]], list[int]]:
+    """Tokens and accepted counts of each row, a draft standing while it is what the row draws."""
+    draws = places.draws()
+    tokens, accepted = [], []
+    for start, ask in zip(places.starts, places.asks, strict=True):
+        own = draws[start : start + len(ask.drafts) + 1]
+        count = 0
+        while count < len(ask.drafts) and own[count] == ask.drafts[count]:
+            count += 1
+        tokens.append(own[: count + 1])
+        accepted.append(count)
+    return tokens, accepted
+
+
+def rejection(places: Places) -> tuple[list[list[int]], list[int]]:
+    """Tokens and accepted counts of each row by the rejection rule, drafts drawn from `ask.law`."""
+    accepted = [standing(places, row) for row in range(len(places.asks))]
+    at = torch.tensor([start + count for start, count in zip(places.starts, accepted, strict=True)])
+    laws_SV = places.law_NV[at.to(places.device)].double()
+    numbers = []
+    for row, (ask, count) in enumerate(zip(places.asks, accepted, strict=True)):
+        if count == len(ask.drafts):
+            numbers.append(uniform(ask.key, ask.place + count))
+            continue
+        numbers.append(uniform(ask.key, REPLACE + ask.place + count))
+        rest_V = laws_SV[row].clone()
+        if ask.law is None:
+            rest_V[ask.drafts[count]] = 0
+        else:
+            rest_V = (rest_V - ask.law[count].to(rest_V)).clamp(min=0)
+        # Nothing is left only where p = q but for rounding: then p is what remains to draw from.
+        laws_SV[row] = rest_V if bool(rest_V.sum() > 0) else laws_SV[row]
+    more = draw(laws_SV, numbers).tolist()
+    tokens = [[*ask.drafts[:count], token] for ask, count, token in zip(places.asks, accepted, more, strict=True)]
+    return tokens, accepted
+
+
+def standing(places: Places, row: int) -> int:
+    """How many of a row's drafts stand: up to the first that falls."""
+    ask, start = places.asks[row], places.starts[row]
+    k = len(ask.drafts)
+    if not k:
+        return 0
+    drafts_k1 = torch.tensor(ask.drafts, device=places.device)[:, None]
+    p_k = places.law_NV[start : start + k].gather(1, drafts_k1)[:, 0].double()
+    q_k = torch.ones_like(p_k) if ask.law is None else ask.law.to(places.device).gather(1, drafts_k1)[:, 0].double()
+    numbers_k = p_k.new_tensor([uniform(ask.key, ACCEPT + ask.place + ahead) for ahead in range(k)])
+    return int((numbers_k * q_k < p_k).long().cumprod(0).sum())
+
+
+def with_logprobs(places: Places, choices: list[Choice]) -> list[Choice]:
+    """The choices, with log-probabilities for the rows that ask for them."""
+    asking = [row for row, ask in enumerate(places.asks) if (ask.settings.logprobs or ask.top) and choices[row].tokens]
+    if not asking:
+        return choices
+    index = [places.starts[row] + ahead for row in asking for ahead in range(len(choices[row].tokens))]
+    at_M = torch.tensor(index, device=places.device)
+    chosen_M1 = torch.tensor([token for row in asking for token in choices[row].tokens], device=places.device)[:, None]
+    model_MV = at_least_fp32(places.raw_NV[at_M]).log_softmax(-1)
+    model_M = model_MV.gather(1, chosen_M1)[:, 0].tolist()
+    law_M = places.law_NV[at_M].gather(1, chosen_M1)[:, 0].log().tolist()
+    best = model_MV.topk(min(max(places.asks[row].top for row in asking), model_MV.shape[-1]))
+    best_ids, best_values = best.indices.tolist(), best.values.tolist()
+    start = 0
+    for row in asking:
+        ask, said = places.asks[row], choices[row]
+        own = range(start, start + len(said.tokens))
+        start = own.stop
+        top = [list(zip(best_ids[m][: ask.top], best_values[m][: ask.top], strict=True)) for m in own]
+        model, law = [model_M[m] for m in own], [law_M[m] for m in own]
+        choices[row] = replace(said, logprobs=model, law_logprobs=law, top=top if ask.top else None)
+    return choices
