@@ -11,7 +11,7 @@ from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear
 from trimaran.model.norm import RMSNorm
 from trimaran.model.scale import Scale
-from trimaran.model.state import AttentionState
+from trimaran.model.state import AttentionMemory
 from trimaran.ops import rope
 from trimaran.ops.attention import attention
 from trimaran.ops.norm import unit_norm
@@ -41,7 +41,7 @@ class Attention(nn.Module):
             self.scale = self.head_dim**0.5
             self.s_qk = Scale(self.groups * self.head_dim, 1.0, config.hidden_size**-0.5)
 
-    def forward(self, x_BTD: Tensor, layout: Layout, state: AttentionState | None, keys: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, state: AttentionMemory | None, keys: int) -> Tensor:
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
         k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.groups, self.head_dim))
         v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.groups, self.head_dim))
@@ -56,7 +56,7 @@ class Attention(nn.Module):
             s_HK = s_GK.repeat_interleave(self.heads // self.groups, 0)
             q_BTHK, k_BTGK = (unit_norm(t) * s.to(t.dtype) for t, s in ((q_BTHK, s_HK), (k_BTGK, s_GK)))
         if state is not None:
-            k_BTGK, v_BTGK = state.extend(k_BTGK, v_BTGK, layout, keys)
-        mask, causal = layout.mask(keys, self.window)
-        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, causal, self.scale)
+            out_BTHK = state.attend(q_BTHK, k_BTGK, v_BTGK, layout, keys, self.window, self.scale)
+        else:
+            out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, *layout.mask(keys, self.window), self.scale)
         return self.o_proj(out_BTHK.flatten(2))

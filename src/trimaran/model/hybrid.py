@@ -23,7 +23,7 @@ from trimaran.model.moe import MoE, Router
 from trimaran.model.norm import GatedRMSNorm, RMSNorm
 from trimaran.model.scale import Scale
 from trimaran.model.sphere import project, step_on_sphere
-from trimaran.model.state import State
+from trimaran.model.state import StackMemory, State
 from trimaran.ops.numbers import parameter_dtype
 
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
         return self.mixer(h_BTD, layout, state, keys)
 
 
-def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: State | None) -> Tensor:
+def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: StackMemory | None) -> Tensor:
     """All blocks of a stack in order."""
     keys = layout.length if state is None else state.keys(layout)
     for index, block in enumerate(blocks):
@@ -108,7 +108,7 @@ class MTP(nn.Module):
         return self.layers[0], self.layers[-1]
 
     def forward(
-        self, hidden_BTD: Tensor, next_BT: Tensor, doc_ids: Tensor | None = None, state: State | None = None
+        self, hidden_BTD: Tensor, next_BT: Tensor, doc_ids: Tensor | None = None, state: StackMemory | None = None
     ) -> Tensor:
         """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
         (first, last), embeddings = self.ends(), self.trunk[0].embeddings
@@ -155,11 +155,11 @@ class HybridModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.backbone.embeddings.weight.dtype
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, state: State | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, state: StackMemory | None = None) -> Tensor:
         """tokens [B, T] -> logits [B, T, vocab] in at least fp32; advances `state` when given."""
         return self.head(self.hidden(tokens, doc_ids, state))
 
-    def hidden(self, tokens_BT: Tensor, doc_ids: Tensor | None = None, state: State | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, doc_ids: Tensor | None = None, state: StackMemory | None = None) -> Tensor:
         """Hidden vectors after the final norm [B, T, D].
 
         doc_ids [B, T]: the same id as the token before continues its document, another begins one (nothing is seen
@@ -192,7 +192,7 @@ class HybridModel(nn.Module):
         hub.save(self, path)
 
 
-def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: State | None, version: int) -> Layout:
+def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: StackMemory | None, version: int) -> Layout:
     """The layout of a pass, from the state's rows when there is one. Memory made by other weights is refused."""
     if tokens_BT.ndim != 2 or not tokens_BT.shape[1]:
         raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}: give [batch, length] with length >= 1")

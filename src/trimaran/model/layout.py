@@ -5,6 +5,7 @@ outputs moved back), so layers only meet rows that are shorter than T: left padd
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Layout:
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _tables: dict[tuple[float, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def seg_BT(self) -> Tensor | None:
         """Documents numbered from 0 = the one the carried state belongs to; padding repeats the last."""
         return None if self.reset_BT is None else self.reset_BT.cumsum(1)

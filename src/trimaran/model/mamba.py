@@ -14,7 +14,7 @@ from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear
 from trimaran.model.norm import GatedRMSNorm
 from trimaran.model.scale import Scale
-from trimaran.model.state import MambaState
+from trimaran.model.state import MambaMemory
 from trimaran.ops import conv, ssd
 from trimaran.ops.numbers import at_least_fp32
 
@@ -59,29 +59,23 @@ class Mamba(nn.Module):
         """A, negative, per head."""
         return -torch.exp(at_least_fp32(self.A_log))
 
-    def forward(self, x_BTD: Tensor, layout: Layout, state: MambaState | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, state: MambaMemory | None) -> Tensor:
         projected = self.in_proj(x_BTD)
         if self.s_in is not None:
             projected = self.s_in(projected)
         z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
-        seg_BT, real_BT = layout.seg_BT, layout.real_BT
-        step = state is not None and layout.length == 1 and seg_BT is None and real_BT is None
         if state is None:
-            mixed_BTC = self.conv1d(inputs_BTC, None, seg_BT)
-        elif step:
-            mixed_BTC, tail_BWC = self.conv1d.step(inputs_BTC, state.tail)
+            mixed_BTC = self.conv1d(inputs_BTC, None, layout.seg_BT)
         else:
-            mixed_BTC = self.conv1d(inputs_BTC, state.tail, seg_BT)
-            tail_BWC = conv.next_tail(inputs_BTC, self.conv1d.taps, state.tail, seg_BT, layout.count_B)
+            mixed_BTC = state.convolve(self.conv1d, inputs_BTC, layout)
         xs_BTC, B_BTC, C_BTC = mixed_BTC.split([self.width, self.groups * self.size, self.groups * self.size], -1)
         xs_BTHP = xs_BTC.unflatten(-1, (self.heads, self.head_dim))
         B_BTGN, C_BTGN = (t.unflatten(-1, (self.groups, self.size)) for t in (B_BTC, C_BTC))
         dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(self.dt_bias))
+        real_BT = layout.real_BT
         if real_BT is not None:
             dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
-        y_BTHP, ssm_BHPN = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, state, seg_BT, step)
-        if state is not None:
-            state.advance(inputs_BTC, xs_BTHP, B_BTGN, dt_BTH, tail_BWC, ssm_BHPN)
+        y_BTHP = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, layout, state)
         y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
 
@@ -91,16 +85,11 @@ class Mamba(nn.Module):
         dt_BTH: Tensor,
         B_BTGN: Tensor,
         C_BTGN: Tensor,
-        state: MambaState | None,
-        seg_BT: Tensor | None,
-        step: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The recurrence: stepwise for one token of a running document, chunked otherwise."""
-        A_H, before = self.decay_rates(), None if state is None else state.ssm
-        if not step:
-            return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, seg_BT, self.chunk)
-        assert state is not None and before is not None
-        # During a trial the state at the mark must survive, and so must a state that gradients will flow through.
-        in_place = state.ring is None and not torch.is_grad_enabled() and not before.requires_grad
-        y, after = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, in_place)
-        return y[:, None], after
+        layout: Layout,
+        state: MambaMemory | None,
+    ) -> Tensor:
+        """The recurrence, from nothing or from what is remembered."""
+        A_H = self.decay_rates()
+        if state is None:
+            return ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, None, layout.seg_BT, self.chunk)[0]
+        return state.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, layout, self.chunk)

@@ -7,9 +7,14 @@ of the convolution), and folds the accepted prefix when told how long it is. `fo
 
 Under autograd every update makes new tensors. Without it keys and values are written in place, and outside of a trial
 a single token's step updates the SSM state in place too.
+
+A layer asks its memory for the two things that depend on how the memory is kept, `attend` for attention, `convolve`
+and `scan` for Mamba, so that a memory of another shape (the engine's pages) needs no second model path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +22,74 @@ from torch import Tensor
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.layout import Layout, lay_out
 from trimaran.ops import conv, ssd
+from trimaran.ops.attention import attention
 from trimaran.ops.numbers import at_least_fp32
 
 GROWTH = 256  # keys by which a buffer at least grows
+
+
+class Convolution(Protocol):
+    """What a Mamba layer's memory needs of the short convolution."""
+
+    taps: int
+
+    def step(self, x_B1C: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor: ...
+
+
+class AttentionMemory(Protocol):
+    """What an attention layer asks of its memory."""
+
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        layout: Layout,
+        keys: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """Remembers the pass's keys and values, and looks at all that each query may see: [B, T, H, K]."""
+        ...
+
+
+class MambaMemory(Protocol):
+    """What a Mamba layer asks of its memory, in this order, once per pass."""
+
+    def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
+        """The short convolution behind the remembered inputs, which move on: [B, T, C]."""
+        ...
+
+    def scan(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        layout: Layout,
+        chunk: int,
+    ) -> Tensor:
+        """The recurrence from the remembered state, which moves on: y [B, T, H, P] in at least fp32."""
+        ...
+
+
+class StackMemory(Protocol):
+    """What a stack of layers asks of the memory of all of them."""
+
+    batch: int
+    version: int
+
+    @property
+    def layers(self) -> Sequence[object]: ...
+
+    def lay_out(self, length: int, doc_ids_BT: Tensor | None) -> Layout: ...
+
+    def keys(self, layout: Layout) -> int: ...
+
+    def advance(self, layout: Layout, doc_ids_BT: Tensor | None) -> None: ...
 
 
 class AttentionState:
@@ -29,11 +99,20 @@ class AttentionState:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def extend(self, k_BTGK: Tensor, v_BTGK: Tensor, layout: Layout, keys: int) -> tuple[Tensor, Tensor]:
-        """Stores the pass's keys and values and returns all `keys` that queries may look at."""
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        layout: Layout,
+        keys: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """Stores the pass's keys and values and looks at all `keys` that queries may see."""
         self.k = self._write(self.k, k_BTGK, layout, keys)
         self.v = self._write(self.v, v_BTGK, layout, keys)
-        return self.k[:, :keys], self.v[:, :keys]
+        return attention(q_BTHK, self.k[:, :keys], self.v[:, :keys], *layout.mask(keys, window), scale)
 
     def _write(self, held: Tensor | None, new: Tensor, layout: Layout, keys: int) -> Tensor:
         if layout.keys is not None and torch.is_grad_enabled():
@@ -72,6 +151,11 @@ class AttentionState:
         return [t for t in (self.k, self.v) if t is not None]
 
 
+def is_step(layout: Layout) -> bool:
+    """Whether the pass is one token of a running document for every row."""
+    return layout.length == 1 and layout.seg_BT is None and layout.count_B is None
+
+
 @dataclass
 class Ring:
     """What the tokens of a trial wrote, pass by pass, and the tail and state they started from."""
@@ -96,16 +180,40 @@ class MambaState:
         self.ssm = at_least_fp32(torch.zeros(batch, heads, width, size, device=device, dtype=dtype))
         self.ring: Ring | None = None
 
-    def advance(
-        self, inputs_BTC: Tensor, x_BTHP: Tensor, B_BTGN: Tensor, dt_BTH: Tensor, tail_BWC: Tensor, ssm_BHPN: Tensor
-    ) -> None:
-        """Moves on to `tail_BWC` and `ssm_BHPN`; during a trial also notes what led there."""
-        self.tail, self.ssm = tail_BWC, ssm_BHPN
+    def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
+        """The convolution behind the tail, which moves on; during a trial the inputs are noted too."""
         if self.ring is not None:
             self.ring.inputs.append(inputs_BTC)
-            self.ring.x.append(x_BTHP)
-            self.ring.B.append(B_BTGN)
-            self.ring.dt.append(dt_BTH)
+        if is_step(layout):
+            mixed_BTC, self.tail = conv1d.step(inputs_BTC, self.tail)
+            return mixed_BTC
+        mixed_BTC = conv1d(inputs_BTC, self.tail, layout.seg_BT)
+        self.tail = conv.next_tail(inputs_BTC, conv1d.taps, self.tail, layout.seg_BT, layout.count_B)
+        return mixed_BTC
+
+    def scan(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        layout: Layout,
+        chunk: int,
+    ) -> Tensor:
+        """The recurrence: stepwise for one token of a running document, chunked otherwise."""
+        before, ring = self.ssm, self.ring
+        if ring is not None:
+            ring.x.append(x_BTHP)
+            ring.B.append(B_BTGN)
+            ring.dt.append(dt_BTH)
+        if not is_step(layout):
+            y_BTHP, self.ssm = ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, layout.seg_BT, chunk)
+            return y_BTHP
+        # During a trial the state at the mark must survive, and so must a state that gradients will flow through.
+        in_place = ring is None and not torch.is_grad_enabled() and not before.requires_grad
+        y, self.ssm = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, in_place)
+        return y[:, None]
 
     def mark(self) -> None:
         self.ring = Ring(self.tail, self.ssm)
