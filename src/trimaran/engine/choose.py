@@ -225,38 +225,51 @@ def coupled(places: Places) -> tuple[list[list[int]], list[int]]:
 
 def rejection(places: Places) -> tuple[list[list[int]], list[int]]:
     """Tokens and accepted counts of each row by the rejection rule, drafts drawn from `ask.law`."""
-    accepted = [standing(places, row) for row in range(len(places.asks))]
-    at = torch.tensor([start + count for start, count in zip(places.starts, accepted, strict=True)])
-    laws_SV = places.law_NV[at.to(places.device)].double()
-    numbers = []
-    for row, (ask, count) in enumerate(zip(places.asks, accepted, strict=True)):
-        if count == len(ask.drafts):
-            numbers.append(uniform(ask.key, ask.place + count))
-            continue
-        numbers.append(uniform(ask.key, REPLACE + ask.place + count))
-        rest_V = laws_SV[row].clone()
-        if ask.law is None:
-            rest_V[ask.drafts[count]] = 0
-        else:
-            rest_V = (rest_V - ask.law[count].to(rest_V)).clamp(min=0)
-        # Nothing is left only where p = q but for rounding: then p is what remains to draw from.
-        laws_SV[row] = rest_V if bool(rest_V.sum() > 0) else laws_SV[row]
+    accepted = standing(places)
+    ends = [start + count for start, count in zip(places.starts, accepted, strict=True)]
+    laws_SV = places.law_NV[torch.tensor(ends, device=places.device)].double()
+    fallen = [row for row, ask in enumerate(places.asks) if accepted[row] < len(ask.drafts)]
+    if fallen:
+        q_FV = torch.zeros(len(fallen), laws_SV.shape[-1], dtype=laws_SV.dtype, device=places.device)
+        for place, row in enumerate(fallen):
+            ask, count = places.asks[row], accepted[row]
+            if ask.law is None:
+                q_FV[place, ask.drafts[count]] = 1
+            else:
+                q_FV[place] = ask.law[count]
+        index_F = torch.tensor(fallen, device=places.device)
+        laws_SV[index_F] = remainder(laws_SV[index_F], q_FV)
+    numbers = [
+        uniform(ask.key, ask.place + count + (REPLACE if count < len(ask.drafts) else 0))
+        for ask, count in zip(places.asks, accepted, strict=True)
+    ]
     more = draw(laws_SV, numbers).tolist()
     tokens = [[*ask.drafts[:count], token] for ask, count, token in zip(places.asks, accepted, more, strict=True)]
     return tokens, accepted
 
 
-def standing(places: Places, row: int) -> int:
-    """How many of a row's drafts stand: up to the first that falls."""
-    ask, start = places.asks[row], places.starts[row]
-    k = len(ask.drafts)
-    if not k:
-        return 0
-    drafts_k1 = torch.tensor(ask.drafts, device=places.device)[:, None]
-    p_k = places.law_NV[start : start + k].gather(1, drafts_k1)[:, 0].double()
-    q_k = torch.ones_like(p_k) if ask.law is None else ask.law.to(places.device).gather(1, drafts_k1)[:, 0].double()
-    numbers_k = p_k.new_tensor([uniform(ask.key, ACCEPT + ask.place + ahead) for ahead in range(k)])
-    return int((numbers_k * q_k < p_k).long().cumprod(0).sum())
+def remainder(p_FV: Tensor, q_FV: Tensor) -> Tensor:
+    """(p - q)+, not normalised: where the mass lies that drafts from q leave out."""
+    rest_FV = (p_FV - q_FV).clamp(min=0)
+    # Nothing is left only where p = q but for rounding; then p is what there is to draw from.
+    return torch.where(rest_FV.sum(-1, keepdim=True) > 0, rest_FV, p_FV)
+
+
+def standing(places: Places) -> list[int]:
+    """How many of each row's drafts stand: those before the first that falls."""
+    index = [start + ahead for start, ask in zip(places.starts, places.asks) for ahead in range(len(ask.drafts))]
+    drafts = [token for ask in places.asks for token in ask.drafts]
+    p = places.law_NV[index, drafts].tolist()
+    counts, first = [], 0
+    for ask in places.asks:
+        k, count = len(ask.drafts), 0
+        own = p[first : first + k]
+        q = [1.0] * k if ask.law is None else ask.law[range(k), ask.drafts].tolist()
+        while count < k and uniform(ask.key, ACCEPT + ask.place + count) * q[count] < own[count]:
+            count += 1
+        counts.append(count)
+        first += k
+    return counts
 
 
 def with_logprobs(places: Places, choices: list[Choice]) -> list[Choice]:
