@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops.numbers import at_least_fp32
+
 SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
 QUERIES = 64  # queries per step of that backward
+FEW = 32  # queries up to which two plain products are quicker than the fused kernel
 
 
 def attention(
@@ -51,6 +54,62 @@ def attention_reference(
     return torch.einsum("bhts,bshk->bthk", weights.nan_to_num(0.0).to(v_BSHK.dtype), v_BSHK)
 
 
+def partial_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_BTS: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention` over some of the keys, and the log of its sum of weights, which `merge` joins with other keys'.
+
+    out [B, T, H, K] and lse [B, T, H], both in at least fp32, without gradient. Every query must see a key. Few queries
+    take two plain products, a group's heads under one another, so that keys and values are read once per group.
+    """
+    if mask_BTS is not None and mask_BTS.ndim == 3:
+        mask_BTS = mask_BTS.unsqueeze(1)
+    (batch, length, heads, width), groups = q_BTHK.shape, k_BSGK.shape[2]
+    if length > FEW and q_BTHK.device.type == "cpu":
+        bias = None if mask_BTS is None else additive(mask_BTS, q_BTHK.dtype)
+        out, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK)), 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return at_least_fp32(out.transpose(1, 2)), at_least_fp32(lse_BHT.transpose(1, 2))
+    q_BGUK = (
+        (q_BTHK * scale).view(batch, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+    )
+    scores_BGUS = at_least_fp32(q_BGUK @ k_BSGK.permute(0, 2, 3, 1))
+    if causal:
+        mask_BTS = torch.ones(length, length, dtype=torch.bool, device=q_BTHK.device).tril()
+    if mask_BTS is not None:
+        scores_BHTS = scores_BGUS.view(batch, heads, length, -1).masked_fill_(~mask_BTS, -torch.inf)
+        scores_BGUS = scores_BHTS.view(scores_BGUS.shape)
+    top_BGU1 = scores_BGUS.amax(-1, keepdim=True)
+    weights_BGUS = scores_BGUS.sub_(top_BGU1).exp_()
+    sum_BGU1 = weights_BGUS.sum(-1, keepdim=True)
+    out_BGUK = at_least_fp32(weights_BGUS.to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)) / sum_BGU1
+    lse_BGU1 = top_BGU1 + sum_BGU1.log()
+    return out_BGUK.view(batch, heads, length, width).transpose(1, 2), lse_BGU1.view(batch, heads, length).mT
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True, -inf where False, with the four axes that the fused kernel wants."""
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return bias.view((1,) * (4 - bias.ndim) + bias.shape)
+
+
+def merge(out_BTHK: Tensor, lse_BTH: Tensor, more_BTHK: Tensor, more_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial attentions of the same queries over different keys as one; an lse of -inf stands for no keys."""
+    both_BTH = torch.logaddexp(lse_BTH, more_BTH)
+    out_BTHK = out_BTHK * (lse_BTH - both_BTH).exp()[..., None] + more_BTHK * (more_BTH - both_BTH).exp()[..., None]
+    return out_BTHK, both_BTH
+
+
+def worth_sharing(rows: int, keys: int, launch_keys: float) -> bool:
+    """Whether `rows` rows should read `keys` common keys once (bifurcated attention, arXiv 2403.08845).
+
+    It saves reading them rows - 1 times, and costs one more product and its merge: about three calls. launch_keys: what
+    starting a call costs, in keys that could be read meanwhile.
+    """
+    return (rows - 1) * keys > 3 * launch_keys
+
+
 class CPUTraining(torch.autograd.Function):
     """Forward by the fused kernel, so that training and inference compute the same; backward in plain products.
 
@@ -64,10 +123,7 @@ class CPUTraining(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-            bias = bias.view((1,) * (4 - bias.ndim) + bias.shape)
+        bias = None if mask is None else additive(mask, q.dtype)
         out, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(t.transpose(1, 2) for t in (q, k, v)), 0.0, causal, attn_mask=bias, scale=scale
         )

@@ -55,6 +55,27 @@ def ssd_step(
     return y_BG1U.view(x_BHP.shape), state_BGUN.view(state_BHPN.shape)
 
 
+def ssd_fold(
+    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, state_BHPN: Tensor, in_place: bool = False
+) -> Tensor:
+    """The state after a few tokens, without their outputs: one product over all of them, in the state's dtype.
+
+    Tokens with dt = 0 never happened. in_place: the old state's memory becomes the new state's.
+    """
+    batch, length = x_BTHP.shape[:2]
+    groups = B_BTGN.shape[2]
+    wide = state_BHPN.dtype
+    s_BTH = torch.cumsum(dt_BTH * A_H, 1)
+    left_BTH = torch.exp(s_BTH[:, -1:] - s_BTH) * dt_BTH
+    write_BTHP = x_BTHP.to(wide) * left_BTH[..., None]
+    write_BGUT = write_BTHP.view(batch, length, groups, -1).permute(0, 2, 3, 1)
+    added_BHPN = (write_BGUT @ B_BTGN.to(wide).transpose(1, 2)).view(state_BHPN.shape)
+    decay_BH11 = torch.exp(s_BTH[:, -1])[..., None, None]
+    if in_place:
+        return state_BHPN.mul_(decay_BH11).add_(added_BHPN)
+    return torch.addcmul(added_BHPN, state_BHPN, decay_BH11)
+
+
 def ssd_recurrence(
     x_BTHP: Tensor,
     dt_BTH: Tensor,

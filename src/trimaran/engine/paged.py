@@ -1,0 +1,338 @@
+"""One pass over many sequences at once: the state of a flat batch [1, N] that lives in pages and slots.
+
+    view = memory.view([Segment(a, 5), Segment(b, 1), Segment(c, 4, trial=True)])
+    hidden_1ND = model.hidden(tokens_1N, state=view)     # 5 tokens of a, 1 of b, 4 of c
+    view.keep([5, 1, 2])                                 # of c's four tokens two stay, the rest never happened
+
+To the layers it is a state like any other. Attention writes the new keys and values into pages and reads along a plan
+(engine/reach.py). Mamba layers run segments of equal length as one batch, in place where their slots are neighbours; a
+trial writes nothing to a slot until `keep` folds the prefix that stays, from what the trial's tokens would have
+written. If a pass raises, the sequences of segments that are no trials are unusable: close them.
+
+Shapes: N tokens of all segments, S segments of one group, K tokens of each.
+"""
+
+from collections import abc, defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimaran.engine.pages import Memory, Sequence, Stack
+from trimaran.engine.reach import Plan, Rules, Span, plan
+from trimaran.model.layout import Layout
+from trimaran.model.state import Convolution
+from trimaran.ops import conv, ssd
+from trimaran.ops.numbers import at_least_fp32
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The next `count` tokens of a sequence; trial: how many of them stay is said afterwards."""
+
+    sequence: Sequence
+    count: int
+    trial: bool = False
+
+
+class FlatLayout(Layout):
+    """Tokens of many sequences in one row, each at its place in its own sequence."""
+
+    def __init__(self, places_1N: Tensor):
+        super().__init__(1, places_1N.shape[1], places_1N.device, start=None)
+        self.places_1N = places_1N
+
+    @property
+    def place_BT(self) -> Tensor:
+        return self.places_1N
+
+
+class PagedState:
+    """The memory of one stack of layers for one pass over `segments`. Made by `Memory.view`; without gradient."""
+
+    batch = 1
+
+    def __init__(self, memory: Memory, segments: abc.Sequence[Segment], stack: Stack = "trunk"):
+        self.memory, self.segments, self.stack, self.version = memory, list(segments), stack, memory.version
+        self.before = [s.sequence.length if stack == "trunk" else s.sequence.mtp_length for s in segments]
+        self.shift = 0 if stack == "trunk" else 1
+        self._check()
+        self.length = sum(segment.count for segment in segments)
+        self.longest = max(before + s.count for before, s in zip(self.before, segments))
+        self.spans, start = [], 0
+        for segment, before in zip(segments, self.before):
+            self.spans.append(Span(start, segment.count, before, segment.sequence.pages))
+            start += segment.count
+        config, page, device = memory.config, memory.page, memory.device
+        key_bytes = 2 * config.num_key_value_heads * config.head_dim * memory.dtype.itemsize
+        self.rules = Rules(page, self.shift, key_bytes, device, memory.ragged, memory.sharing)
+        self.written_N: Tensor | None = None
+        if memory.unit.kv_token:
+            written = [
+                span.pages[place // page] * page + place % page
+                for span in self.spans
+                for place in range(span.before + self.shift, span.before + self.shift + span.count)
+            ]
+            self.written_N = torch.tensor(written, device=device)
+        self._plans: dict[int | None, Plan] = {}
+        self.groups = group(self)
+        self.layers = self._layers()
+        self.done = self.kept = False
+
+    def _check(self) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a paged pass writes in place: run it under torch.no_grad()")
+        if not self.segments:
+            raise ValueError("a pass needs at least one segment")
+        if len({id(segment.sequence) for segment in self.segments}) < len(self.segments):
+            raise ValueError("a sequence stands twice in one pass: join its tokens in one segment")
+        for segment, before in zip(self.segments, self.before):
+            if segment.sequence.slot < 0:
+                raise RuntimeError("a segment's sequence is closed")
+            needed = self.memory.pages_for(before + segment.count + self.shift)
+            if segment.count < 1 or len(segment.sequence.pages) < needed:
+                held = f"{len(segment.sequence.pages)} pages, {needed} needed"
+                raise ValueError(f"a segment of {segment.count} tokens behind {before} ({held}): reserve them first")
+
+    def _layers(self) -> list["PagedAttention | PagedMamba | None"]:
+        memory, attention, mamba = self.memory, 0, 0
+        pattern = memory.config.pattern if self.stack == "trunk" else memory.config.mtp_pattern
+        first = 0 if self.stack == "trunk" else len(memory.places["trunk"])
+        layers: list[PagedAttention | PagedMamba | None] = []
+        for index, letter in enumerate(pattern):
+            if letter == "M":
+                layers.append(PagedMamba(self, mamba))
+                mamba += 1
+            elif index in memory.places[self.stack]:
+                layers.append(PagedAttention(self, first + attention))
+                attention += 1
+            else:
+                layers.append(None)
+        return layers
+
+    def lay_out(self, length: int, doc_ids_BT: Tensor | None) -> Layout:
+        """The layout of the pass."""
+        if self.done:
+            raise RuntimeError("the view has made its pass: make another with memory.view")
+        if doc_ids_BT is not None or length != self.length:
+            raise ValueError(f"{length} tokens for segments of {self.length}, which are documents of their own")
+        places = [place for span in self.spans for place in range(span.before, span.before + span.count)]
+        return FlatLayout(torch.tensor([places], device=self.memory.device))
+
+    def keys(self, layout: Layout) -> int:
+        """Keys of the longest sequence after the pass."""
+        return self.longest
+
+    def advance(self, layout: Layout, doc_ids_BT: Tensor | None) -> None:
+        """Moves the sequences past the pass; those on trial move when `keep` says how far."""
+        self.done = True
+        for segment, before in zip(self.segments, self.before):
+            if not segment.trial:
+                self._move(segment.sequence, before + segment.count)
+
+    def _move(self, sequence: Sequence, length: int) -> None:
+        if self.stack == "trunk":
+            sequence.length = length
+        else:
+            sequence.mtp_length = length
+
+    def keep(self, counts: abc.Sequence[int]) -> None:
+        """Ends the trials: of segment i the first `counts[i]` tokens stay. Segments that are no trials keep all."""
+        if not self.done or self.kept:
+            raise RuntimeError("keep() once, after the pass")
+        if len(counts) != len(self.segments):
+            raise ValueError(f"{len(counts)} counts for {len(self.segments)} segments")
+        for kept, segment in zip(counts, self.segments):
+            if not (0 if segment.trial else segment.count) <= kept <= segment.count:
+                raise ValueError(f"keep {kept} of {segment.count} tokens (trial: {segment.trial})")
+        self.kept = True
+        for layer in self.layers:
+            if isinstance(layer, PagedMamba):
+                layer.keep(counts)
+        for kept, segment, before in zip(counts, self.segments, self.before):
+            if segment.trial:
+                self._move(segment.sequence, before + kept)
+
+    def plan(self, window: int | None) -> Plan:
+        """What attention layers with this window read, worked out once for all of them."""
+        if window not in self._plans:
+            self._plans[window] = plan(self.spans, window, self.rules)
+        return self._plans[window]
+
+
+class PagedAttention:
+    """One attention layer's keys and values in the pool."""
+
+    def __init__(self, view: PagedState, layer: int):
+        self.view = view
+        self.k_SGK, self.v_SGK = view.memory.flat_kv(layer)
+
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        layout: Layout,
+        keys: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """Writes the pass's keys and values to their places, and reads along the plan."""
+        assert self.view.written_N is not None
+        self.k_SGK[self.view.written_N] = k_BTGK[0]
+        self.v_SGK[self.view.written_N] = v_BTGK[0]
+        out_NHK, count = self.view.plan(window).read(q_BTHK[0], self.k_SGK, self.v_SGK, scale)
+        self.view.memory.bytes_read += count
+        return out_NHK[None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Segments of equally many tokens, run as one batch by Mamba layers. order: their numbers in the view."""
+
+    order: list[int]
+    count: int
+    trial: bool
+    tokens: slice | Tensor  # places in the flat batch
+    slots: slice | Tensor  # a slice where they are neighbours: then states are views, and steps write in place
+
+    def take(self, x_1NC: Tensor) -> Tensor:
+        """The group's tokens [S, K, ...]."""
+        return x_1NC[0, self.tokens].unflatten(0, (len(self.order), self.count))
+
+
+def group(view: PagedState) -> list[Group]:
+    """The view's segments by length and trial, each in the order of slots, cut where slots are no neighbours."""
+    alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for number, segment in enumerate(view.segments):
+        alike[segment.count, segment.trial].append(number)
+    groups = []
+    for (count, trial), numbers in alike.items():
+        numbers.sort(key=lambda number: view.segments[number].sequence.slot)
+        runs: list[list[int]] = []
+        for number in numbers:
+            slot = view.segments[number].sequence.slot
+            if runs and view.segments[runs[-1][-1]].sequence.slot == slot - 1:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        # Copying states costs about as much as a step; many short runs cost more in calls.
+        for run in runs if len(numbers) >= 4 * len(runs) or len(runs) == 1 else [numbers]:
+            groups.append(Group(run, count, trial, tokens_of(view, run), slots_of(view, run)))
+    return groups
+
+
+def tokens_of(view: PagedState, numbers: list[int]) -> slice | Tensor:
+    spans = [view.spans[number] for number in numbers]
+    flat = [place for span in spans for place in range(span.start, span.start + span.count)]
+    if flat[-1] - flat[0] == len(flat) - 1 and flat == list(range(flat[0], flat[-1] + 1)):
+        return slice(flat[0], flat[-1] + 1)
+    return torch.tensor(flat, device=view.memory.device)
+
+
+def slots_of(view: PagedState, numbers: list[int]) -> slice | Tensor:
+    slots = [view.segments[number].sequence.slot for number in numbers]
+    if slots[-1] - slots[0] == len(slots) - 1:
+        return slice(slots[0], slots[-1] + 1)
+    return torch.tensor(slots, device=view.memory.device)
+
+
+@dataclass
+class Written:
+    """What a trial's tokens would have written: [S, K, ...] each."""
+
+    inputs: Tensor
+    taps: int
+    x: Tensor | None = None
+    B: Tensor | None = None
+    dt: Tensor | None = None
+    A: Tensor | None = None
+
+
+class PagedMamba:
+    """One Mamba layer's tails and states in their slots."""
+
+    def __init__(self, view: PagedState, layer: int):
+        self.view, self.layer = view, layer
+        self.tail, self.ssm = view.memory.tail[layer], view.memory.ssm[layer]
+        self.trials: dict[int, Written] = {}
+
+    def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
+        """The short convolution behind each slot's tail."""
+        out_1NC = None
+        for number, group in enumerate(self.view.groups):
+            inputs_SKC, tail_SWC = group.take(inputs_BTC), self.tail[group.slots]
+            if group.trial:
+                self.trials[number] = Written(inputs_SKC, conv1d.taps)
+            if group.count == 1:
+                mixed_SKC, next_SWC = conv1d.step(inputs_SKC, tail_SWC)
+            else:
+                mixed_SKC = conv1d(inputs_SKC, tail_SWC, None)
+                next_SWC = conv.next_tail(inputs_SKC, conv1d.taps, tail_SWC)
+            if not group.trial:
+                self.tail[group.slots] = next_SWC
+            out_1NC = self._place(mixed_SKC, group, out_1NC)
+        assert out_1NC is not None
+        return out_1NC
+
+    def scan(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        layout: Layout,
+        chunk: int,
+    ) -> Tensor:
+        """The recurrence from each slot's state."""
+        out_1NHP = None
+        for number, group in enumerate(self.view.groups):
+            x, dt, B, C = (group.take(t) for t in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
+            before_SHPN = self._load(group)
+            if group.trial:
+                written = self.trials[number]
+                written.x, written.B, written.dt, written.A = x, B, dt, A_H
+            if group.count == 1:
+                y_SHP, after = ssd.ssd_step(x[:, 0], dt[:, 0], A_H, B[:, 0], C[:, 0], before_SHPN, not group.trial)
+                y_SKHP = y_SHP[:, None]
+            else:
+                y_SKHP, after = ssd.ssd(x, dt, A_H, B, C, before_SHPN, None, chunk)
+            if not group.trial:
+                self._store(group, after, [group.count] * len(group.order))
+            out_1NHP = self._place(y_SKHP, group, out_1NHP)
+        assert out_1NHP is not None
+        return out_1NHP
+
+    def keep(self, counts: abc.Sequence[int]) -> None:
+        """Folds the first counts[i] tokens of each segment on trial into its slot."""
+        for number, written in self.trials.items():
+            group = self.view.groups[number]
+            kept = [counts[place] for place in group.order]
+            kept_S = torch.tensor(kept, device=self.tail.device)
+            tail_SWC = self.tail[group.slots]
+            self.tail[group.slots] = conv.next_tail(written.inputs, written.taps, tail_SWC, None, kept_S)
+            assert written.x is not None and written.dt is not None and written.A is not None and written.B is not None
+            real_SK = torch.arange(group.count, device=kept_S.device) < kept_S[:, None]
+            dt_SKH = written.dt * real_SK[..., None]
+            after = ssd.ssd_fold(written.x, dt_SKH, written.A, written.B, self._load(group), in_place=True)
+            self._store(group, after, kept)
+        self.trials.clear()
+
+    def _place(self, x_SKC: Tensor, group: Group, out_1NC: Tensor | None) -> Tensor:
+        """The group's results in the flat batch."""
+        if len(self.view.groups) == 1 and isinstance(group.tokens, slice):
+            return x_SKC.flatten(0, 1)[None]
+        if out_1NC is None:
+            out_1NC = x_SKC.new_empty(1, self.view.length, *x_SKC.shape[2:])
+        out_1NC[0, group.tokens] = x_SKC.flatten(0, 1)
+        return out_1NC
+
+    def _load(self, group: Group) -> Tensor:
+        """The group's states in at least fp32: a view of the pool where they lie there so."""
+        return at_least_fp32(self.ssm[group.slots])
+
+    def _store(self, group: Group, after_SHPN: Tensor, counts: list[int]) -> None:
+        """Puts the group's states back, unless they are the pool's own memory."""
+        if after_SHPN.untyped_storage().data_ptr() != self.ssm.untyped_storage().data_ptr():
+            self.ssm[group.slots] = after_SHPN

@@ -1,0 +1,251 @@
+"""Which stored keys the queries of one pass read, and in how few pieces.
+
+A pass holds spans: `count` queries each, one span after the other in the flat batch, that see the sequence's `before`
+earlier keys and themselves causally. Three rules, each by cost, decide how they are read; the numbers agree:
+
+    share   rows whose tables begin with the same pages read those once, their queries stacked (bifurcated attention,
+            arXiv 2403.08845, as a tree); what is their own is read on its own and merged by log-sum-exp
+    split   a product per row over its true length, without a copy where its pages are neighbours
+    pad     rows with as many queries each as one batched product, gathered and padded to the longest (the two variants
+            of BASS, arXiv 2404.15778)
+
+Places are places in the pool of keys, page number * page size + offset. `shift` is 1 for the draft block, whose key i
+lies where token i + 1 does.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trimaran.ops.attention import attention, merge, partial_attention, worth_sharing
+
+# Bytes of keys and values that could be read in the time that one more attention call takes to start.
+LAUNCH_BYTES = {"cpu": 1 << 17, "cuda": 1 << 25}
+SHORT = 64  # queries per row up to which rows are worth sharing, padding, and reading by plain products
+
+
+@dataclass(frozen=True)
+class Span:
+    """One segment's queries: places start .. start + count of the flat batch, behind `before` keys in `pages`."""
+
+    start: int
+    count: int
+    before: int
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What planning knows of the pool, and the choices that settings and tests may force."""
+
+    page: int
+    shift: int
+    key_bytes: int  # of one key and its value
+    device: torch.device
+    ragged: Literal["auto", "pad", "split"] = "auto"
+    sharing: Literal["auto", "always", "never"] = "auto"
+
+    @property
+    def launch_keys(self) -> float:
+        """What one more attention call costs, in keys read."""
+        return LAUNCH_BYTES.get(self.device.type, LAUNCH_BYTES["cuda"]) / self.key_bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` rows of equally many queries, and the places of the keys they look at.
+
+    keys: a slice or [S], read by all; or [rows, S]. merged: the queries look at keys of other parts too.
+    """
+
+    queries: slice | Tensor
+    rows: int
+    keys: slice | Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts of a pass; merged: the queries that stand in several of them."""
+
+    parts: list[Part]
+    merged: slice | Tensor | None
+
+    def read(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> tuple[Tensor, int]:
+        """Attention of all queries over the pool [N, H, K], and the bytes of keys and values that were read."""
+        out_NHK, count = torch.empty_like(q_NHK), 0
+        if self.merged is not None:
+            wide = torch.promote_types(q_NHK.dtype, torch.float32)
+            sum_NHK = torch.zeros_like(q_NHK, dtype=wide)
+            lse_NH = torch.full(q_NHK.shape[:2], -torch.inf, dtype=wide, device=q_NHK.device)
+        for part in self.parts:
+            at = part.queries
+            q_BTHK, k_BSGK, v_BSGK = q_NHK[at].unflatten(0, (part.rows, -1)), k_SGK[part.keys], v_SGK[part.keys]
+            if k_BSGK.ndim == 3:
+                k_BSGK, v_BSGK = k_BSGK[None], v_BSGK[None]
+            count += k_BSGK.nbytes + v_BSGK.nbytes
+            if not part.merged and q_BTHK.shape[1] > SHORT:
+                out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+                out_NHK[at] = out_BTHK.flatten(0, 1)
+                continue
+            out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+            more_NHK, more_NH = out_BTHK.flatten(0, 1), lse_BTH.flatten(0, 1)
+            if part.merged:
+                sum_NHK[at], lse_NH[at] = merge(sum_NHK[at], lse_NH[at], more_NHK, more_NH)
+            else:
+                out_NHK[at] = more_NHK.to(out_NHK.dtype)
+        if self.merged is not None:
+            out_NHK[self.merged] = sum_NHK[self.merged].to(out_NHK.dtype)
+        return out_NHK, count
+
+
+def plan(spans: Sequence[Span], window: int | None, rules: Rules) -> Plan:
+    """The parts of one pass, for attention over everything before or over a sliding window."""
+    parts: list[Part] = []
+    own_from = [0 if window is None else max(0, span.before - window + 1) for span in spans]  # keys, not places
+    behind: set[int] = set()  # rows that look at other parts than their own
+    if window is None:
+        for rows, first, end in [*shared_runs(spans, rules)]:
+            keys = places(spans[rows[0]].pages, first, end, rules)
+            parts.append(Part(queries([spans[row] for row in rows], rules), 1, keys, merged=True))
+            behind.update(rows)
+            own_from = [end if row in rows else own for row, own in enumerate(own_from)]
+        for row, span in enumerate(spans):
+            for end in leading_runs(span, own_from[row], rules):
+                keys = places(span.pages, own_from[row], end, rules)
+                parts.append(Part(queries([span], rules), 1, keys, merged=True))
+                behind.add(row)
+                own_from[row] = end
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for row, span in enumerate(spans):
+        groups[span.count, row in behind].append(row)
+    for (_, merged), rows in groups.items():
+        own = [(spans[row], own_from[row]) for row in rows]
+        if pays_to_pad(own, rules):
+            parts.append(padded(own, window, merged, rules))
+        else:
+            parts += [single(span, first, window, merged, rules) for span, first in own]
+    return Plan(parts, queries([spans[row] for row in sorted(behind)], rules) if behind else None)
+
+
+def shared_runs(spans: Sequence[Span], rules: Rules) -> Iterator[tuple[list[int], int, int]]:
+    """(rows, first key, end key) of every stretch that several rows read and that is worth reading once for them."""
+    full = [(span.before + rules.shift) // rules.page if span.count <= SHORT else 0 for span in spans]
+
+    def descend(rows: list[int], page: int, first: int) -> Iterator[tuple[list[int], int, int]]:
+        """Rows whose tables agree before `page`, and whose keys from `first` on nobody has been told to read."""
+        families: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            if page < full[row]:
+                families[spans[row].pages[page]].append(row)
+        for family in families.values():
+            if len(family) < 2:
+                continue
+            table, same = spans[family[0]].pages, min(full[row] for row in family)
+            for row in family[1:]:
+                same = agree_until(table, spans[row].pages, page, same)
+            end, begun = same * rules.page - rules.shift, first
+            if rules.sharing == "always" or worth_sharing(len(family), end - first, rules.launch_keys):
+                yield family, first, end
+                begun = end
+            yield from descend(family, same, begun)
+
+    if rules.sharing != "never":
+        yield from descend(list(range(len(spans))), 0, 0)
+
+
+def agree_until(one: list[int], other: list[int], start: int, end: int) -> int:
+    """The first place in start .. end where the lists differ, or end."""
+    if one[start:end] == other[start:end]:
+        return end
+    return next(i for i in range(start, end) if one[i] != other[i])
+
+
+def leading_runs(span: Span, first: int, rules: Rules) -> list[int]:
+    """Where to cut the keys from `first` on so that each piece but the last is a run of neighbours behind all queries.
+
+    Empty where that is not worth more calls: gathering costs a read and a write of every key.
+    """
+    if span.count > SHORT:
+        return []
+    page = (first + rules.shift) // rules.page
+    last = (span.before + span.count + rules.shift - 1) // rules.page
+    cuts = [
+        place * rules.page - rules.shift
+        for place in range(page + 1, last + 1)
+        if span.pages[place] != span.pages[place - 1] + 1
+    ]
+    worth = bool(cuts) and cuts[-1] <= span.before and cuts[-1] - first > len(cuts) * rules.launch_keys
+    return cuts if worth else []
+
+
+def places(pages: list[int], first: int, end: int, rules: Rules) -> slice | Tensor:
+    """Places in the pool of keys first .. end of a table: a slice where the pages are neighbours."""
+    size, first, end = rules.page, first + rules.shift, end + rules.shift
+    run = pages[first // size : -(-end // size)]
+    offset = first % size
+    if run[-1] - run[0] == len(run) - 1 and all(after - page == 1 for page, after in pairwise(run)):
+        return slice(run[0] * size + offset, run[0] * size + offset + end - first)
+    every = torch.tensor(run)[:, None] * size + torch.arange(size)
+    return every.flatten()[offset : offset + end - first].to(rules.device)
+
+
+def queries(spans: Sequence[Span], rules: Rules) -> slice | Tensor:
+    """The spans' places in the flat batch: a slice where they are neighbours."""
+    if all(after.start == span.start + span.count for span, after in pairwise(spans)):
+        return slice(spans[0].start, spans[-1].start + spans[-1].count)
+    return torch.tensor([i for s in spans for i in range(s.start, s.start + s.count)], device=rules.device)
+
+
+def pays_to_pad(own: Sequence[tuple[Span, int]], rules: Rules) -> bool:
+    """Whether one gathered and padded product costs less than one per row; all in keys read."""
+    if rules.ragged != "auto" or len(own) == 1 or own[0][0].count > SHORT:
+        return rules.ragged == "pad" and len(own) > 1
+    lengths = [span.before + span.count - first for span, first in own]
+    gathered = [isinstance(places(span.pages, first, span.before + span.count, rules), Tensor) for span, first in own]
+    apart = sum(length * (3 if copied else 1) + rules.launch_keys for length, copied in zip(lengths, gathered))
+    return 3 * max(lengths) * len(own) + 2 * rules.launch_keys < apart
+
+
+def single(span: Span, first: int, window: int | None, merged: bool, rules: Rules) -> Part:
+    """One row over its own keys from `first` on."""
+    end = span.before + span.count
+    keys = places(span.pages, first, end, rules)
+    at = slice(span.start, span.start + span.count)
+    if span.count == 1:
+        return Part(at, 1, keys, merged=merged)
+    if first == span.before and (window is None or window >= span.count):
+        return Part(at, 1, keys, causal=True, merged=merged)
+    query_T1 = torch.arange(span.before, end, device=rules.device)[:, None]
+    return Part(at, 1, keys, visible(query_T1, torch.arange(first, end, device=rules.device), window), merged=merged)
+
+
+def padded(own: Sequence[tuple[Span, int]], window: int | None, merged: bool, rules: Rules) -> Part:
+    """Rows of equally many queries over their own keys, padded to the longest."""
+    count = own[0][0].count
+    longest = max(span.before + count - first for span, first in own)
+    rows = []
+    for span, first in own:
+        found = places(span.pages, first, span.before + count, rules)
+        if isinstance(found, slice):
+            found = torch.arange(found.start, found.stop, device=rules.device)
+        # Padding repeats the row's first key: a masked key still meets its value as 0 * v, and 0 * NaN is NaN.
+        rows.append(torch.cat([found, found[:1].expand(longest - len(found))]))
+    first_R11 = torch.tensor([first for _, first in own], device=rules.device)[:, None, None]
+    before_R11 = torch.tensor([span.before for span, _ in own], device=rules.device)[:, None, None]
+    query_RT1 = before_R11 + torch.arange(count, device=rules.device)[:, None]
+    mask_RTS = visible(query_RT1, first_R11 + torch.arange(longest, device=rules.device), window)
+    return Part(queries([span for span, _ in own], rules), len(own), torch.stack(rows), mask_RTS, merged=merged)
+
+
+def visible(query_T1: Tensor, key_S: Tensor, window: int | None) -> Tensor:
+    """True where a query may see a key, both numbered within their sequence."""
+    mask_TS = key_S <= query_T1
+    return mask_TS if window is None else mask_TS & (key_S > query_T1 - window)
