@@ -81,7 +81,7 @@ def quoted(text: str) -> str:
 def json_of(text: str, schema: Schema | None, root: Schema) -> str:
     """The JSON source of a value written as bare text. Strings are verbatim; tables and lists keep their own source."""
     schema = None if schema is None else resolved(schema, root)
-    allowed = None if schema is None else kinds(schema, root, set())
+    allowed = None if schema is None else kinds(schema, root, set()) or None  # none at all: a circle
     if allowed == {"string"} or (schema is not None and text in members(schema)):
         return quoted(text)
     source = WORDS.get(text.strip(), text.strip())
