@@ -149,8 +149,25 @@ def write(pencils: Sequence[Pencil], logits_SV: Tensor, spelled: int | None, law
     return going_on
 
 
+@dataclass
+class Pairs:
+    """Hidden vectors [M, D] and the tokens after them that the draft block has still to read for a row."""
+
+    row: Hashable
+    sequence: pages.Sequence
+    hidden: Tensor
+    following: list[int]
+
+    def split(self, count: int) -> tuple["Pairs", "Pairs"]:
+        """The first `count`, and the rest."""
+        return tuple(  # type: ignore[return-value]
+            Pairs(self.row, self.sequence, self.hidden[part], self.following[part])
+            for part in (slice(count), slice(count, None))
+        )
+
+
 class MTP:
-    """The model's draft block, one set of weights for every depth (facts of the layout: `pages.py`).
+    """The model's draft block, one set of weights for every depth.
 
     Pairs (hidden vector, token after it) are read as soon as the trunk has made them, with the trunk's hidden vectors
     also at places that were drafted before; what drafting itself reads is taken back. laws: keeps the laws that
@@ -164,28 +181,43 @@ class MTP:
             raise ValueError("the model has no draft block (MTP)")
         self.model, self.mtp, self.memory, self.spelled, self.laws = model, model.mtp, memory, spelled, laws
         self.after: dict[Hashable, Tensor] = {}  # the block's output [D] at each row's newest pair
+        self.waiting: dict[Hashable, Pairs] = {}  # the newest pair of rows that had no page for it
 
     @torch.no_grad()
     def observe(self, readings: Sequence[Reading]) -> None:
-        readings = [reading for reading in readings if len(reading.following)]
-        if not readings:
+        due = []
+        for reading in readings:
+            pairs = Pairs(reading.row, reading.sequence, reading.hidden, list(reading.following))
+            earlier = self.waiting.pop(reading.row, None)
+            if earlier is not None:
+                pairs.hidden = torch.cat([earlier.hidden, pairs.hidden])
+                pairs.following = earlier.following + pairs.following
+            # The newest pair lies at the place of a token that the trunk has not read, in a page of its own at times.
+            if pairs.following and not self.memory.reserve(reading.sequence, 1):
+                pairs, self.waiting[reading.row] = pairs.split(len(pairs.following) - 1)
+                self.after.pop(reading.row, None)
+            due.append(pairs)
+        self.read([pairs for pairs in due if pairs.following])
+
+    def read(self, due: Sequence[Pairs]) -> None:
+        """One pass of the draft block over pairs of the trunk's making."""
+        if not due:
             return
-        counts = [len(reading.following) for reading in readings]
-        following_1N = torch.tensor([[token for reading in readings for token in reading.following]])
-        hidden_1ND = torch.cat([reading.hidden for reading in readings])[None]
-        view = self.memory.view([Segment(one.sequence, count) for one, count in zip(readings, counts)], "mtp")
-        out_ND = self.mtp(hidden_1ND, following_1N.to(self.model.device), state=view)[0]
-        for reading, end in zip(readings, accumulate(counts), strict=True):
-            self.after[reading.row] = out_ND[end - 1].clone()  # alone: a view would hold on to the whole pass
+        view = self.memory.view([Segment(pairs.sequence, len(pairs.following)) for pairs in due], "mtp")
+        following_1N = torch.tensor([[token for pairs in due for token in pairs.following]], device=self.model.device)
+        out_ND = self.mtp(torch.cat([pairs.hidden for pairs in due])[None], following_1N, state=view)[0]
+        for pairs, end in zip(due, accumulate(len(pairs.following) for pairs in due)):
+            self.after[pairs.row] = out_ND[end - 1].clone()  # alone: a view would hold on to the whole pass
 
     @torch.no_grad()
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
+        self.read([self.waiting.pop(need.row) for need in needs if need.row in self.waiting])
         pencils = [Pencil(need) for need in needs]
-        live = [pencil for pencil in pencils if pencil.open and pencil.need.row in self.after]
+        live = [pencil for pencil in pencils if pencil.open]
         if not live:
             return [pencil.draft() for pencil in pencils]
-        hidden_SD = torch.stack([self.after[pencil.need.row] for pencil in live])
         with taken_back(live):
+            hidden_SD = torch.stack([self.after[pencil.need.row] for pencil in live])
             while True:
                 going_on = write(live, self.model.head(hidden_SD[None])[0], self.spelled, self.laws)
                 live = [live[place] for place in going_on]
@@ -198,6 +230,7 @@ class MTP:
 
     def drop(self, row: Hashable) -> None:
         self.after.pop(row, None)
+        self.waiting.pop(row, None)
 
 
 @contextmanager
