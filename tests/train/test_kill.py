@@ -19,7 +19,7 @@ from trimaran.train import checkpoint
 from trimaran.train.optim import adamw
 
 KILLS = 10
-LONG = {"steps": 60, "checkpoint_every": 2, "eval_every": 30}
+LONG = {"steps": 60, "checkpoint_every": 2, "eval_every": 30, "optimizer": "muon"}  # Muon brings AdamW along
 
 
 def finish(path: Path) -> Path:

@@ -229,8 +229,10 @@ def test_every_step_counts_as_a_change_of_weights(tmp_path):
     assert run.model.version == version + 2
 
 
-def test_optimizer_state_comes_back(tmp_path):
-    run, other = new_run(tmp_path, steps=3), new_run(tmp_path, "seed=3", steps=3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_comes_back(tmp_path, optimizer):
+    settings = {"steps": 3, "optimizer": optimizer}
+    run, other = new_run(tmp_path, **settings), new_run(tmp_path, "seed=3", **settings)
     train_step(run, next(run.loader), 1e-3)
     saved = training_state(run.model, run.optimizer)
     load_training(saved, other.model, other.optimizer)

@@ -1,13 +1,16 @@
-"""AdamW and gradient clipping.
+"""AdamW, Muon for the matrices where asked, and gradient clipping.
 
 Weight decay follows Megatron-LM's rule: tensors of one dimension have none (A_log, D, dt_bias, norms, biases), all
 others have it, the convolutions' filters [C, 1, taps] included.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trimaran.train.muon import Muon, matrices
 
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel
 
@@ -16,19 +19,48 @@ def adamw(
     model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, decaying those with two dimensions or more."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    groups = decaying(model, set(), weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fusible(model))
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: float,
+    times: float,
+    momentum: float,
+    dtype: torch.dtype,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Muon:
+    """Muon for the linear maps of `model`, at `times` the learning rate; AdamW for the rest of its parameters."""
+    chosen = matrices(model)
+    ordered = [parameter for parameter in model.parameters() if parameter in chosen]
+    groups = [{"params": ordered, "weight_decay": weight_decay, "matrices": True, "times": times}]
+    groups += decaying(model, chosen, weight_decay)
+    settings = {"lr": lr, "betas": betas, "eps": eps, "fused": fusible(model)}
+    return Muon(groups, momentum=momentum, dtype=dtype, **settings)
+
+
+def decaying(model: nn.Module, without: set[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, with weight decay and without; empty ones are left out."""
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in without]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = all(parameter.device.type in FUSED for parameter in trainable)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=fused)
+    return [group for group in groups if group["params"]]
+
+
+def fusible(model: nn.Module) -> bool:
+    return all(parameter.device.type in FUSED for parameter in model.parameters())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the next update, for all parameters."""
+    """The rate of the next update; a group may take a multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:

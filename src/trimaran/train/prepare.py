@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,15 +18,15 @@ from trimaran.data.shards import TokenShards
 from trimaran.data.split import split
 from trimaran.errors import Refusal, writing
 from trimaran.model.config import ModelConfig
-from trimaran.model.hybrid import build
+from trimaran.model.hybrid import HybridModel, build
 from trimaran.model.presets import of_width
 from trimaran.model.size import count
 from trimaran.report import say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.loop import Run
 from trimaran.train.objective import Pretraining
-from trimaran.train.optim import adamw
-from trimaran.train.recipe import DataSettings, PretrainRecipe
+from trimaran.train.optim import adamw, muon
+from trimaran.train.recipe import DataSettings, PretrainRecipe, TrainSettings
 
 STAGING = ".tokenizer-"
 
@@ -147,8 +148,17 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
         aux_loss=settings.aux_loss,
         router_bias_rate=settings.router_bias_rate,
     )
-    optimizer = adamw(model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    optimizer = optimizer_of(settings, model)
     return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
+
+
+def optimizer_of(settings: TrainSettings, model: HybridModel) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names."""
+    shared: dict[str, Any] = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+    if settings.optimizer == "adamw":
+        return adamw(model, **shared)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else model.dtype
+    return muon(model, times=settings.muon_times, momentum=settings.muon_momentum, dtype=dtype, **shared)
 
 
 def within(encoded: TokenShards, tokens: int | None) -> int | None:

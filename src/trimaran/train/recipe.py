@@ -108,6 +108,9 @@ class TrainSettings(Settings):
     warmup: float = Field(0.03, ge=0, le=1)
     decay: float = Field(0.2, ge=0, le=1)
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the linear maps; AdamW for the rest
+    muon_times: float = Field(1.0, gt=0)  # Muon's learning rate as a multiple of lr
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)

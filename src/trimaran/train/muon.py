@@ -1,0 +1,85 @@
+"""Muon: momentum whose singular values are all made about 1, for the matrices of linear maps.
+
+    m   <- mu m + (1 - mu) g                        u = (1 - mu) g + mu m           (Nesterov)
+    X_0  = u / |u|_F                                X <- a X + (b A + c A A) X,  A = X X^T       five times
+    W   <- (1 - lr decay) W - lr * 0.2 sqrt(max(rows, columns)) * X_5
+
+K. Jordan et al. 2024 (the iteration and its a, b, c; singular values end between about 0.7 and 1.2); the factor that
+gives updates AdamW's usual size, so that both can share a learning rate, is Moonlight's (arXiv 2502.16982). Embeddings,
+head, routers, convolutions and everything of one dimension stay with AdamW. Nemotron-3's own reports train with AdamW.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimaran.model.linear import Head, Linear, StackedLinear
+
+ITERATION = (3.4445, -4.7750, 2.0315)  # a, b, c
+STEPS = 5
+LIKE_ADAMW = 0.2  # root mean square of AdamW's updates in practice
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with `matrices = True`, whose parameters [.., rows, columns] take Muon's step.
+
+    dtype: of the iteration's products; its errors are far below what it leaves of the singular values.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, dtype: torch.dtype, **settings: Any):
+        super().__init__(groups, **settings)
+        self.momentum, self.dtype = momentum, dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            if group.get("matrices"):
+                self.step_matrices(group)
+        return super().step(closure)
+
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        """Muon's step; matrices of one shape, an expert's among them, go through the iteration together."""
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:  # AdamW looks for a count in every state that it loads
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(weight)
+            state["step"] += 1
+            state["momentum"].lerp_(weight.grad, 1 - self.momentum)
+            rows, columns = weight.shape[-2:]
+            alike[rows, columns].append((weight, weight.grad.lerp(state["momentum"], self.momentum)))
+            weight.grad = None  # spent: AdamW passes it by
+        for (rows, columns), members in alike.items():
+            updates = orthogonalised(torch.cat([u.reshape(-1, rows, columns) for _, u in members]), self.dtype)
+            rate = group["lr"] * LIKE_ADAMW * math.sqrt(max(rows, columns))
+            for (weight, u), update in zip(members, updates.split([u.numel() // (rows * columns) for _, u in members])):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(u).to(weight.dtype), alpha=-rate)
+
+
+def orthogonalised(u_SRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrices [S, R, C] with their singular vectors kept and their singular values near 1, in `dtype`.
+
+    A matrix of zeros stays one.
+    """
+    tall = u_SRC.shape[-2] > u_SRC.shape[-1]
+    x = u_SRC.mT if tall else u_SRC
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).to(dtype)
+    a, b, c = ITERATION
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def matrices(model: nn.Module) -> set[Tensor]:
+    """The weights of the model's linear maps, but for its head."""
+    kinds = (module for module in model.modules() if isinstance(module, (Linear, StackedLinear)))
+    return {module.weight for module in kinds if not isinstance(module, Head) and module.weight.requires_grad}
