@@ -3,14 +3,24 @@
 Importing this package imports neither torch nor transformers nor triton; the functions below do when called.
 """
 
+import importlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimaran.engine.engine import Engine
+    from trimaran.engine.request import EngineSettings, Request
+    from trimaran.engine.sampler import Sampling
     from trimaran.model.hybrid import HybridModel
     from trimaran.text.tokenizer import Tokenizer
 
-__all__ = ["load", "load_tokenizer"]
+__all__ = ["Engine", "EngineSettings", "Request", "Sampling", "load", "load_tokenizer"]
+HOMES = {
+    "Engine": "engine.engine",
+    "EngineSettings": "engine.request",
+    "Request": "engine.request",
+    "Sampling": "engine.sampler",
+}
 
 
 def load(path_or_preset: "str | PathLike[str]", **placement: Any) -> "HybridModel":
@@ -31,9 +41,11 @@ def load_tokenizer(path: "str | PathLike[str]") -> "Tokenizer":
     return Tokenizer.load(path)
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("trimaran")
+    if name in HOMES:
+        return getattr(importlib.import_module(f"trimaran.{HOMES[name]}"), name)
     raise AttributeError(f"module 'trimaran' has no attribute {name!r}")

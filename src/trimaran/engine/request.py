@@ -3,18 +3,16 @@
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from trimaran.config import Settings
+from trimaran.engine.choose import Acceptance
+from trimaran.engine.guide import Guide
 from trimaran.engine.row import Output
 from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
-from trimaran.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from trimaran.engine.guide import Guide
 
 Drafter = Literal["none", "mtp", "lookup", "model"]
 
@@ -35,7 +33,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
-    guide: "Callable[[], Guide] | None" = None
+    guide: Callable[[], Guide] | None = None
     turns: tuple[int, ...] = ()
     top_logprobs: int = 0
     id: str = field(default_factory=fresh_id)
@@ -73,7 +71,7 @@ class EngineSettings(Settings):
     drafter: Drafter = "none"  # who proposes tokens for verification
     draft: int = Field(0, ge=0)  # tokens proposed per row and pass; 0: adapted to what is accepted
     draft_limit: int = Field(15, ge=1)  # the most that adapting may propose
-    acceptance: Literal["coupled", "rejection"] = "coupled"  # coupled: the very tokens that no draft would give
+    acceptance: Acceptance = "coupled"  # coupled: the very tokens that no draft would give
     ssm_dtype: Literal["model", "float16"] = "model"  # how Mamba states are held; float16 rounds stochastically
     shared_prefix: bool | None = None  # rows that share pages read them once; None: where it pays
 
@@ -113,13 +111,12 @@ class Stats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
-def check_request(request: Request, config: ModelConfig) -> None:
-    """Refuses settings of a request that no state of the engine could honour."""
+def check_request(request: Request, vocabulary: int) -> None:
+    """Refuses ends of turns that lie outside of the prompt, and more of the likeliest tokens than there are."""
     bad = [turn for turn in request.turns if not 0 < turn <= len(request.prompt)]
     if bad:
         allowed = f"1 to {len(request.prompt)}, the prompt's length"
         raise Refusal(f"a turn that ends after {bad[0]} tokens", allowed, "give ends of turns inside the prompt")
-    if not 0 <= request.top_logprobs <= config.vocab_size:
-        raise Refusal(
-            f"top_logprobs = {request.top_logprobs}", f"0 to {config.vocab_size}, the vocabulary", "ask for fewer"
-        )
+    if not 0 <= request.top_logprobs <= vocabulary:
+        found, allowed = f"top_logprobs = {request.top_logprobs}", f"0 to {vocabulary}, the vocabulary"
+        raise Refusal(found, allowed, "ask for fewer")

@@ -28,6 +28,7 @@ class Output:
     natural logarithms of the chosen tokens' probabilities under the model's own law, law_logprobs: under the law that
     the settings made of it; None unless asked for. passes: passes of the whole model that gave tokens, the prompt's
     included; drafted, accepted: tokens that the draft block proposed, and those of them that stand in `tokens`.
+    cached: prompt tokens that a prefix cache spared.
     """
 
     prompt: int

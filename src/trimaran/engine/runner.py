@@ -7,7 +7,7 @@ loops, one wake-up per loop however many streams grew. A stream that is closed o
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -168,23 +168,23 @@ class Runner:
         except Exception as problem:
             failed = self.engine.recover()
             self._send([(self.open[one], problem) for one in failed if one in self.open])
-            if not self.engine.consistent:
+            if self.engine.faults():
                 self.broken, self.closing = problem, True
             return
         open_ = self.open
         self._send([(open_[piece.request], piece) for piece in pieces if piece.request in open_])
 
     def _send(self, parcels: "list[tuple[Channel, Piece | BaseException]]") -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Channel, Piece | BaseException]]] = {}
         for channel, parcel in parcels:
-            by_loop.setdefault(channel.loop, []).append(lambda c=channel, p=parcel: c.queue.put_nowait(p))
-        for loop, puts in by_loop.items():
+            by_loop.setdefault(channel.loop, []).append((channel, parcel))
+        for loop, own in by_loop.items():
             try:
-                loop.call_soon_threadsafe(lambda puts=puts: [put() for put in puts])
+                loop.call_soon_threadsafe(put_all, own)
             except RuntimeError:  # that loop is closed, and with it everyone who listened there
-                for one in [c.request.id for c, _ in parcels if c.loop is loop]:
-                    self.open.pop(one, None)
-                    self.engine.abort(one)
+                for channel, _ in own:
+                    self.open.pop(channel.request.id, None)
+                    self.engine.abort(channel.request.id)
 
     def _fail_all(self, problem: BaseException) -> None:
         with self.wake:
@@ -195,3 +195,8 @@ class Runner:
     def _order(self, order: Channel | str) -> None:
         self.inbox.append(order)
         self.wake.notify()
+
+
+def put_all(parcels: "list[tuple[Channel, Piece | BaseException]]") -> None:
+    for channel, parcel in parcels:
+        channel.queue.put_nowait(parcel)
