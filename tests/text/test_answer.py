@@ -153,25 +153,37 @@ def test_thinking_is_known_at_any_moment():
     assert not AnswerReader(False).thinking
 
 
-# Texts made of what the reader looks at, and of the pieces of it.
+# Texts made of what the reader looks at and of pieces of it: anything, a thought, a value, what stands between calls.
+def joined(*parts):
+    return st.lists(st.sampled_from(parts), max_size=10).map("".join)
+
+
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<function=weather>", "</function>", "<parameter=place>"]
 TAGS += [
     "<parameter=days>",
-    "<parameter=x>",
     "</parameter>",
-    "<tool_call>\n<function=now>\n",
-    NOW,
     CALL,
+    NOW,
+    '{"name": "now"}',
     "\n",
     " ",
     "a",
+    "<",
+    ">",
+    "2",
+    '"',
+    "é🙂",
+    "</",
 ]
-TAGS += ["\n</parameter>\n", '{"name": "now"}', "<", ">", "/", "2", '"', "é🙂", "</", "<func"]
-TEXTS = st.lists(st.sampled_from(TAGS), max_size=14).map("".join)
+IN_THOUGHT = joined("\n", "a", " ", "</think>", "</thi", "<think>", "<")
+IN_VALUE = joined("\n", "a", "</parameter>", "</function>", "</tool_call>", "<parameter=x>", "</para", "<", "é")
+BETWEEN = joined("\n", " ", "a", "</think>", "<think>", "<tool_call>", "</tool_call>", "<function=now>", "<tool", NOW)
+OPENINGS = st.sampled_from([CALL[: CALL.index("Kiel")], CALL[: CALL.index("2\n")], CALL[: CALL.index("<para")], ""])
+TEXTS = joined(*TAGS) | IN_THOUGHT | st.tuples(OPENINGS, IN_VALUE, BETWEEN).map("".join) | BETWEEN
 
 
 @given(TEXTS, st.booleans(), st.sampled_from([TOOLS, None]), st.booleans(), st.data())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=800, deadline=None)
 def test_however_a_text_is_cut_it_reads_the_same(text, opened, tools, force, data):
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8).map(sorted))
     pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
@@ -230,7 +242,7 @@ def test_nothing_is_lost(text):
 # What the template writes is what is read.
 END = re.compile(r"</parameter>(?=\s*<(?:/function|/tool_call|parameter=[^<>\n]+)>)|</function>(?=\s*</tool_call>)")
 WORDS = st.text(st.sampled_from("ab <>/\n\"'{}=é🙂") | st.characters(exclude_categories=["Cs"]), max_size=12)
-SPELT = st.lists(WORDS | st.sampled_from(TAGS), max_size=5).map("".join)
+SPELT = WORDS | IN_VALUE
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | WORDS, lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner)
 )

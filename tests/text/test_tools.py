@@ -56,6 +56,7 @@ PLACE = {"type": "object", "properties": {"name": {"type": "string"}}}
         ({"allOf": [{"$ref": "#/$defs/word"}], "description": "as pydantic writes it"}, "5", "5"),
         ({"$ref": "#/$defs/circle"}, "5", 5),
         ({"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "string"}]}, "5", "5"),
+        ({"$ref": "#/$defs/two"}, "1", "1"),
         ({"$ref": "#/$defs/nothing"}, "5", 5),
         ({"description": "anything"}, "5", 5),
         ({"description": "anything"}, "calm", "calm"),
@@ -65,6 +66,7 @@ PLACE = {"type": "object", "properties": {"name": {"type": "string"}}}
 )
 def test_values_are_read_by_their_schema(schema, text, value):
     defs = {"count": {"type": "integer"}, "word": {"type": "string"}, "circle": {"$ref": "#/$defs/circle"}}
+    defs["two"] = {"enum": ["1", 2]}
     defs["tree"] = {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "array"}]}
     tools = Tools([{"name": "f", "parameters": {"properties": {"a": schema}, "$defs": defs}}])
     source = tools.json_of("f", "a", text)
