@@ -23,7 +23,7 @@ from trimaran.engine.reach import Plan, Rules, Span, plan
 from trimaran.model.layout import Layout
 from trimaran.model.state import Convolution
 from trimaran.ops import conv, ssd
-from trimaran.ops.numbers import at_least_fp32
+from trimaran.ops.rounding import chances, key_of, stochastic_round
 
 
 @dataclass(frozen=True)
@@ -330,9 +330,13 @@ class PagedMamba:
 
     def _load(self, group: Group) -> Tensor:
         """The group's states in at least fp32: a view of the pool where they lie there so."""
-        return at_least_fp32(self.ssm[group.slots])
+        return self.ssm[group.slots].to(torch.promote_types(self.tail.dtype, torch.float32))
 
     def _store(self, group: Group, after_SHPN: Tensor, counts: list[int]) -> None:
-        """Puts the group's states back, unless they are the pool's own memory."""
+        """Puts the group's states back, after `counts` more tokens, unless they are the pool's own memory."""
+        if after_SHPN.dtype != self.ssm.dtype:
+            keys = [key_of(self.layer, self.view.before[number] + count) for number, count in zip(group.order, counts)]
+            chance = chances(keys, after_SHPN[0].numel(), after_SHPN.device).view(after_SHPN.shape)
+            after_SHPN = stochastic_round(after_SHPN, chance, self.ssm.dtype)
         if after_SHPN.untyped_storage().data_ptr() != self.ssm.untyped_storage().data_ptr():
             self.ssm[group.slots] = after_SHPN
