@@ -91,6 +91,16 @@ VERBS: dict[str, Verb] = {
         target="FOLDER",
         args=("PROMPT",),
     ),
+    "serve": Verb(
+        "trimaran.serve.main:main",
+        "Serve a model to OpenAI clients, and a chat page.",
+        "Listens on this machine alone unless serve.host says otherwise. Ctrl-C or SIGTERM finishes what is running.",
+        examples=(
+            "trimaran serve runs/demo serve.port=8000",
+            "trimaran serve runs/demo engine.drafter=mtp engine.rows=16 serve.api_key=secret serve.host=0.0.0.0",
+        ),
+        target="FOLDER",
+    ),
 }
 
 STAGES: dict[str, Stage] = {

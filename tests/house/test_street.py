@@ -24,6 +24,7 @@ LONELY = {"studies"}  # rooms that nobody imports
 BROAD_BOUNDARIES = {
     "text/tokenizer.py:backend_of": "the tokenizers library raises plain Exception for a bad file",
     "engine/runner.py:_pass": "what goes wrong in a pass goes to whoever asked for what was in it, and to nobody else",
+    "serve/stream.py:events": "a stream's status has gone out: the client is told in an event, the log has the rest",
 }
 ATTICS = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 
