@@ -72,3 +72,23 @@ def test_split_and_carry_equals_whole(length):
             pieces.append(y)
     near(torch.cat(pieces, 1), whole, 1e-12)
     near(state, last, 1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 5, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_fold_equals_recurrence(length, dtype):
+    """The state alone, also when some tokens never happened, and in the old state's memory."""
+    x, dt, A, B, C, state, _ = operands(length, dtype, True, False)
+    for kept in (length, length // 2, 0):
+        some = dt * (torch.arange(length) < kept)[:, None]
+        exact = (t.double() for t in (x, some, A, B, C, state))
+        expected = ssd.ssd_recurrence(*exact)[1]
+        before = state.clone()
+        near(ssd.ssd_fold(x, some, A, B, state), expected, FOLD[dtype])
+        assert torch.equal(state, before)
+        near(ssd.ssd_fold(x, some, A, B, before, in_place=True), expected, FOLD[dtype])
+        near(before, expected, FOLD[dtype])
+
+
+FOLD = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5}  # the state is never held in bf16
