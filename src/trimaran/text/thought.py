@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 
 from trimaran.text.tags import THINK_CLOSE, THINK_OPEN, WHITE
 from trimaran.text.tokenizer import Tokenizer
@@ -32,6 +33,12 @@ class ThoughtCounter:
         self.over = False
         self.read = b""  # before a thought: all; in one: what a closing tag may have begun in
         self.starts: deque[int] = deque()  # of the thought's tokens within `read`
+
+    def fork(self) -> "ThoughtCounter":
+        """A copy that counts on by itself."""
+        twin = copy(self)
+        twin.starts = self.starts.copy()
+        return twin
 
     def push(self, token: int) -> int:
         """Takes a token and returns the count so far."""
