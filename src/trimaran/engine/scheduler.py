@@ -109,7 +109,9 @@ class Scheduler:
         ready = [job for job in self.running if job.unread == 1]
         draft = min(draft, self.settings.tokens_per_pass // len(ready) - 1) if ready else 0
         for job in ready:
-            room = 0 if job.sequence is None else max(0, min(draft, job.row.room - 1))
+            # What other samples take over must not be on trial.
+            drafting = job.sequence is not None and not job.samples
+            room = max(0, min(draft, job.row.room - 1)) if drafting else 0
             if room and not self.fits(job, 1 + room):
                 room = 0
             if self.make_fit(job, 1, shares):
@@ -235,8 +237,7 @@ class Scheduler:
         forked = []
         for sample in job.samples:
             sample.leader = None
-            assert job.sequence is not None
-            sample.sequence = self.memory.fork(job.sequence) if self.make_room(2) else None
+            sample.sequence = self.twin(job)
             if sample.sequence is not None:
                 sample.hidden = job.hidden
                 self.waiting.remove(sample)
@@ -244,3 +245,12 @@ class Scheduler:
                 forked.append(sample)
         job.samples.clear()
         return forked
+
+    def twin(self, job: Job) -> Pages | None:
+        """A second sequence that has read what `job` has, with room for the draft block's next pair."""
+        assert job.sequence is not None
+        sequence = self.memory.fork(job.sequence) if self.make_room(2) else None
+        if sequence is not None and not self.memory.reserve(sequence, self.ahead):
+            self.memory.close(sequence)
+            return None
+        return sequence
