@@ -157,12 +157,16 @@ class Places:
         """Places that a guide narrows, and their masks [V]. A draft that it forbids ends the look along that row: its
         place can not choose it, so none after it counts."""
         places, masks = [], []
-        for start, ask in zip(self.starts, self.asks, strict=True):
+        for row, (start, ask) in enumerate(zip(self.starts, self.asks, strict=True)):
             if ask.guide is None:
                 continue
             guide = ask.guide.fork() if ask.drafts else ask.guide
             for ahead in range(len(ask.drafts) + 1):
-                mask = guide.allowed()
+                try:
+                    mask = guide.allowed()
+                except Refusal as refusal:
+                    self.hopeless[row] = (ahead, refusal)
+                    break
                 if mask is not None:
                     places.append(start + ahead)
                     masks.append(widened(mask, width))
@@ -175,7 +179,7 @@ class Places:
         """Notes the first of each row's places that has no choice: no id is allowed, or the model gave no numbers."""
         for row, (start, ask) in enumerate(zip(self.starts, self.asks, strict=True)):
             own = [place for place in hopeless if start <= place <= start + len(ask.drafts)]
-            if not own:
+            if not own or (row in self.hopeless and self.hopeless[row][0] <= own[0] - start):
                 continue
             if bool(self.raw_NV[own[0]].amax().isfinite()):
                 refusal = Refusal(

@@ -20,7 +20,8 @@ class Guide(Protocol):
     def allowed(self) -> Tensor | None:
         """[V] bool on the CPU, True for the ids that may come next; None: all. Ids past its end may not come.
 
-        A forced token is a mask with one True. The mask is the caller's to read, not to write.
+        A forced token is a mask with one True. The mask is the caller's to read, not to write. Raises `Refusal` where
+        the row cannot go on.
         """
 
     def push(self, token: int) -> None:
