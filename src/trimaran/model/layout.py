@@ -64,6 +64,11 @@ class Layout:
         """Keys every row has after this pass, when all rows agree."""
         return None if self.start is None or self.count_B is not None else self.start + self.length
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether several tokens follow what all rows have read, in one document and without padding."""
+        return bool(self.start) and self.length > 1 and self.keys is not None and self.first_BT is None
+
     def positions_BT(self) -> Tensor:
         """Position of each token within its document."""
         return self.place_BT if self.first_BT is None else self.place_BT - self.first_BT

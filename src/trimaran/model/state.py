@@ -22,7 +22,7 @@ from torch import Tensor
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.layout import Layout, lay_out
 from trimaran.ops import conv, ssd
-from trimaran.ops.attention import attention
+from trimaran.ops.attention import attention, merge, partial_attention
 from trimaran.ops.numbers import at_least_fp32
 
 GROWTH = 256  # keys by which a buffer at least grows
@@ -112,7 +112,14 @@ class AttentionState:
         """Stores the pass's keys and values and looks at all `keys` that queries may see."""
         self.k = self._write(self.k, k_BTGK, layout, keys)
         self.v = self._write(self.v, v_BTGK, layout, keys)
-        return attention(q_BTHK, self.k[:, :keys], self.v[:, :keys], *layout.mask(keys, window), scale)
+        k_BSGK, v_BSGK = self.k[:, :keys], self.v[:, :keys]
+        if layout.goes_on and window is None and q_BTHK.device.type == "cpu" and not torch.is_grad_enabled():
+            # Past and block apart: the kernel skips what causality hides, but not what a mask hides.
+            past, block = slice(0, layout.start), slice(layout.start, keys)
+            seen = partial_attention(q_BTHK, k_BSGK[:, past], v_BSGK[:, past], None, False, scale)
+            own = partial_attention(q_BTHK, k_BSGK[:, block], v_BSGK[:, block], None, True, scale)
+            return merge(*seen, *own)[0].to(q_BTHK.dtype)
+        return attention(q_BTHK, k_BSGK, v_BSGK, *layout.mask(keys, window), scale)
 
     def _write(self, held: Tensor | None, new: Tensor, layout: Layout, keys: int) -> Tensor:
         if layout.keys is not None and torch.is_grad_enabled():
