@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.agree import DTYPES, LENGTHS, agree, documents, drawn, near
+from tests.ops.agree import DTYPES, LENGTHS, TOLERANCE, agree, documents, drawn, near
 from trimaran.ops import ssd
 from trimaran.ops.ssd_chunks import ChunkedScan
 
@@ -78,8 +78,10 @@ def test_split_and_carry_equals_whole(length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_fold_equals_recurrence(length, dtype):
-    """The state alone, also when some tokens never happened, and in the old state's memory."""
+    """The state alone, also when some tokens never happened, and in the old state's memory; and the outputs alone."""
     x, dt, A, B, C, state, _ = operands(length, dtype, True, False)
+    exact = [t.double() for t in (x, dt, A, B, C, state)]
+    near(ssd.ssd_look(x, dt, A, B, C, state), ssd.ssd_recurrence(*exact)[0], TOLERANCE[dtype])
     for kept in (length, length // 2, 0):
         some = dt * (torch.arange(length) < kept)[:, None]
         exact = (t.double() for t in (x, some, A, B, C, state))

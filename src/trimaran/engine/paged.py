@@ -293,8 +293,10 @@ class PagedMamba:
             if group.trial:
                 written = self.trials[number]
                 written.x, written.B, written.dt, written.A = x, B, dt, A_H
-            if group.count == 1:
-                y_SHP, after = ssd.ssd_step(x[:, 0], dt[:, 0], A_H, B[:, 0], C[:, 0], before_SHPN, not group.trial)
+            if group.trial and group.count <= ssd.CPU_CHUNK:
+                y_SKHP = ssd.ssd_look(x, dt, A_H, B, C, before_SHPN)
+            elif group.count == 1:
+                y_SHP, after = ssd.ssd_step(x[:, 0], dt[:, 0], A_H, B[:, 0], C[:, 0], before_SHPN, in_place=True)
                 y_SKHP = y_SHP[:, None]
             else:
                 y_SKHP, after = ssd.ssd(x, dt, A_H, B, C, before_SHPN, None, chunk)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimaran.ops.numbers import at_least_fp32
-from trimaran.ops.ssd_chunks import ChunkedScan
+from trimaran.ops.ssd_chunks import ChunkedScan, open_chunk, outputs
 
 CPU_CHUNK = 64  # longer chunks leave the cache, shorter ones move more state
 
@@ -53,6 +53,12 @@ def ssd_step(
     # C as a row times the state's transpose: a CPU's matrix library is several times slower the other way round
     y_BG1U = C_BGN.to(wide).unsqueeze(2) @ state_BGUN.transpose(-1, -2)
     return y_BG1U.view(x_BHP.shape), state_BGUN.view(state_BHPN.shape)
+
+
+def ssd_look(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, state_BHPN: Tensor) -> Tensor:
+    """y [B, T, H, P] of a few tokens behind a state that stays as it is; `ssd_fold` moves it on. Without gradient."""
+    chunk = open_chunk(x_BTHP, at_least_fp32(dt_BTH), A_H, B_BTGN, C_BTGN, None, 0, x_BTHP.shape[1])
+    return outputs(chunk, state_BHPN).transpose(1, 2)
 
 
 def ssd_fold(

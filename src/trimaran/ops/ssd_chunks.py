@@ -88,6 +88,18 @@ def by_head(x_BGQU: Tensor, width: int) -> Tensor:
     return x_BGQU.view(batch, groups, length, -1, width).transpose(2, 3).flatten(1, 2)
 
 
+def outputs(c: Chunk, S_BHPN: Tensor | None) -> Tensor:
+    """y = M W + r (C S^T) of one chunk [B, H, Q, P], in at least fp32; S None: nothing came before. Uses up c.decay."""
+    mix_BHQQ = c.decay_BGRQQ.mul_(c.scores_BGQQ[:, :, None]).flatten(1, 2)
+    y_BHQP = at_least_fp32(mix_BHQQ @ c.write_BHQP)
+    if S_BHPN is not None:
+        batch, groups, _, size = c.C_BGQN.shape
+        S_BGUN = S_BHPN.to(c.C_BGQN.dtype).view(batch, groups, -1, size)
+        far_BGQU = c.C_BGQN @ S_BGUN.transpose(-1, -2)
+        y_BHQP += by_head(far_BGQU, S_BHPN.shape[2]) * c.r_BHQ[..., None]
+    return y_BHQP
+
+
 class ChunkedScan(torch.autograd.Function):
     """y [B, T, H, P] and the last state [B, H, P, N], both at least fp32."""
 
@@ -114,13 +126,7 @@ class ChunkedScan(torch.autograd.Function):
             stop = min(start + chunk, length)
             c = open_chunk(x, dt, A_H, B, C, seg, start, stop)
             before.append(S_BHPN)
-            mix_BHQQ = c.decay_BGRQQ.mul_(c.scores_BGQQ[:, :, None]).flatten(1, 2)
-            y_BHQP = at_least_fp32(mix_BHQQ @ c.write_BHQP)
-            if start or state is not None:
-                S_BGUN = S_BHPN.to(dtype).view(batch, groups, -1, size)
-                far_BGQU = c.C_BGQN @ S_BGUN.transpose(-1, -2)
-                y_BHQP += by_head(far_BGQU, width) * c.r_BHQ[..., None]
-            y[:, start:stop] = y_BHQP.transpose(1, 2)
+            y[:, start:stop] = outputs(c, S_BHPN if start or state is not None else None).transpose(1, 2)
             left_BGQU = by_group((c.write_BHQP * c.l_BHQ[..., None]).to(dtype), groups)
             added_BHPN = (left_BGQU.transpose(-1, -2) @ c.B_BGQN).view(S_BHPN.shape)
             S_BHPN = torch.addcmul(at_least_fp32(added_BHPN), S_BHPN, c.e_BH[..., None, None])
