@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from trimaran.text.tags import unfinished
 from trimaran.text.tokenizer import Detokenizer
 
 
@@ -42,12 +43,3 @@ class Reader:
         safe = len(self.held) - unfinished(self.held, self.stops)
         piece, self.held = self.held[:safe], self.held[safe:]
         return piece
-
-
-def unfinished(text: str, stops: Sequence[str]) -> int:
-    """How many last characters of `text` are the beginning of a stop string."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return size
-    return 0

@@ -33,6 +33,7 @@ def colourful(stream: TextIO | None) -> bool:
 
 
 def terminal_columns(stream: TextIO | None) -> int:
+    """How wide the terminal is that `stream` goes to."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns if stream else 0
     except (OSError, ValueError):

@@ -1,0 +1,122 @@
+"""`trimaran chat` with a model that thinks: a chain of tokens written into its embedding and head."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.test_verbs import own, pipe_in, read_until
+from tests.models import tiny
+from trimaran.engine import chat
+from trimaran.model import hub
+from trimaran.model.hybrid import HybridModel
+from trimaran.text.chat import encode_chat
+from trimaran.text.tokenizer import Tokenizer
+
+THOUGHT, SAID = "boats? hulk!", "Aye, 日"
+
+
+def chained(chain: list[int], vocabulary: int) -> HybridModel:
+    """A model that follows each token of `chain` by the next one, whatever came before."""
+    assert len(set(chain)) == len(chain), "a chain in which no token comes twice"
+    model = tiny("attention", torch.float32, vocab_size=vocabulary, hidden_size=64)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            mixer = layer.mixer
+            (mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj).weight.zero_()
+        model.backbone.norm_f.weight.fill_(1)
+        model.lm_head.weight.zero_()
+        for token, following in pairwise(chain):
+            model.lm_head.weight[following] = model.backbone.embeddings.weight[token]
+    return model
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory, tokenizer) -> Path:
+    """A run folder of a model that thinks THOUGHT and says SAID."""
+    line_end, close, end = tokenizer.encode("\n")[0], tokenizer.id_of("</think>"), tokenizer.id_of("<|im_end|>")
+    chain = [line_end, *tokenizer.encode(THOUGHT), close, *tokenizer.encode(SAID), end]
+    folder = tmp_path_factory.mktemp("runs") / "thinker"
+    hub.save(chained(chain, tokenizer.vocab_size), folder)
+    tokenizer.save(folder)
+    (folder / "recipe.toml").write_text('stage = "sft"\n')
+    return folder
+
+
+def talk(folder: Path, given: str, capsys, monkeypatch, *words: str) -> tuple[str, str]:
+    """stdout and stderr of a chat on pipes."""
+    pipe_in(monkeypatch, given.encode())
+    chat.main(str(folder), ["temperature=0", *words])
+    return capsys.readouterr()
+
+
+def test_answers_go_to_stdout_and_thoughts_are_folded(thinker, tokenizer, capsys, monkeypatch):
+    out, err = talk(thinker, "hull\n/thought\n", capsys, monkeypatch)
+    assert out == f"{SAID}\n{THOUGHT}\n"
+    assert err == f"[thought: {len(tokenizer.encode(THOUGHT))} tokens]\n"
+
+
+def test_thoughts_can_be_shown(thinker, tokenizer, capsys, monkeypatch):
+    out, err = talk(thinker, "hull\n", capsys, monkeypatch, "fold=false")
+    assert out == f"{SAID}\n"
+    assert err == f"{THOUGHT}\n[thought: {len(tokenizer.encode(THOUGHT))} tokens]\n"
+
+
+def test_a_thought_that_takes_all_tokens_is_told(thinker, capsys, monkeypatch):
+    out, err = talk(thinker, "/thought\nhull\n/thought\n", capsys, monkeypatch, "max_tokens=3")
+    assert re.fullmatch(r"There was no thought\.\n\n(.+)\n", out) and THOUGHT.startswith(out.split("\n")[2])
+    assert err == "[thought: 3 tokens, not finished]\n"
+
+
+def test_what_was_thought_and_said_is_remembered_apart(thinker, tokenizer):
+    settings = chat.ChatSettings(temperature=0)
+    conversation = chat.Conversation(chat.open_folder(str(thinker), settings), settings)
+    conversation.turn("hull")
+    answer = {"role": "assistant", "content": SAID, "reasoning_content": THOUGHT}
+    assert conversation.messages == [{"role": "user", "content": "hull"}, answer]
+    ids = encode_chat(tokenizer, conversation.messages).ids
+    assert tokenizer.decode(ids).endswith(f"<think>\n{THOUGHT}\n</think>\n{SAID}<|im_end|>\n")
+
+
+def test_the_line_of_a_thought_fits_the_terminal(thinker, tokenizer, monkeypatch):
+    telling = chat.Telling(tokenizer, opened=True, fold=True)
+    telling.reader.push("a\n\x1b[2J" + "日本" * 100)
+    for columns in (20, 40, 41, 80):
+        monkeypatch.setattr(chat, "terminal_columns", lambda stream, columns=columns: columns)
+        line = telling._line()
+        assert chat.cell_len(line) < max(columns, 24) and line.isprintable()
+        assert columns < 30 or chat.cell_len(line) >= columns - 3
+
+
+def test_a_thought_on_a_terminal_is_one_line_that_counts(thinker, tokenizer: Tokenizer):
+    count = len(tokenizer.encode(THOUGHT))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "trimaran", "chat", thinker, "temperature=0"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"} | {"NO_COLOR": ""}
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=own, env=environment
+    )
+    os.close(theirs)
+    try:
+        read_until(ours, "you> ")
+        os.write(ours, b"hull\n")
+        shown = read_until(ours, "you> ")
+        number = shown.index(f"\r\x1b[K\x1b[2m[thought: {count} tokens]\x1b[0m\r\n{SAID}\r\n")
+        lines = re.findall(r"\r\x1b\[K\x1b\[2m\[thinking: (\d+) tokens\] ?(.*?)\x1b\[0m", shown[:number])
+        assert [int(line[0]) for line in lines] == list(range(1, count + 1))
+        assert "\n" not in shown[shown.index("[thinking") : number], "one line, drawn anew"
+        assert lines[-1][1] and THOUGHT.endswith(lines[-1][1])
+        os.write(ours, b"/thought\n")
+        assert f"\x1b[2m{THOUGHT}\x1b[0m" in read_until(ours, "you> ")
+        os.write(ours, b"/quit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
