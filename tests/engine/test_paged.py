@@ -279,10 +279,12 @@ def draft(model: HybridModel, memory: Memory, readers: list[Reader], depth: int,
         assert model.mtp(noise, torch.tensor([drawn(len(readers), generator)]), state=view).isfinite().all()
 
 
-def test_shared_pages_hold_no_pair_that_depends_on_what_follows():
+@every_page
+def test_shared_pages_hold_no_pair_that_depends_on_what_follows(page):
     """Two continuations of a prompt that ends with a page: the pair of its last token is each one's own."""
     model, generator = tiny("latent"), torch.Generator().manual_seed(7)
-    memory = poisoned(model, page=16, snapshots=1)
+    memory = poisoned(model, page=page, snapshots=1)
+    memory.sharing = "always"
     text = drawn(32, generator)
     first = Reader(model, memory.open(), [])
     run(model, memory, [(first, text, None)])

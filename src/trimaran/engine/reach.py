@@ -112,7 +112,7 @@ def plan(spans: Sequence[Span], window: int | None, rules: Rules) -> Plan:
     own_from = [0 if window is None else max(0, span.before - window + 1) for span in spans]  # keys, not places
     behind: set[int] = set()  # rows that look at other parts than their own
     if window is None:
-        for rows, first, end in [*shared_runs(spans, rules)]:
+        for rows, first, end in shared_runs(spans, rules):
             keys = places(spans[rows[0]].pages, first, end, rules)
             parts.append(Part(queries([spans[row] for row in rows], rules), 1, keys, merged=True))
             behind.update(rows)
@@ -152,7 +152,9 @@ def shared_runs(spans: Sequence[Span], rules: Rules) -> Iterator[tuple[list[int]
             for row in family[1:]:
                 same = agree_until(table, spans[row].pages, page, same)
             end, begun = same * rules.page - rules.shift, first
-            if rules.sharing == "always" or worth_sharing(len(family), end - first, rules.launch_keys):
+            if end > first and (
+                rules.sharing == "always" or worth_sharing(len(family), end - first, rules.launch_keys)
+            ):
                 yield family, first, end
                 begun = end
             yield from descend(family, same, begun)
@@ -169,20 +171,24 @@ def agree_until(one: list[int], other: list[int], start: int, end: int) -> int:
 
 
 def leading_runs(span: Span, first: int, rules: Rules) -> list[int]:
-    """Where to cut the keys from `first` on so that each piece but the last is a run of neighbours behind all queries.
+    """Where to cut the keys from `first` on so that each piece but the last lies behind all queries.
 
-    Empty where that is not worth more calls: gathering costs a read and a write of every key.
+    Few queries: pieces that are runs of neighbours, where that is worth more calls, for gathering costs a read and a
+    write of every key. Many queries on a CPU: their past from themselves, for its kernel skips what causality hides,
+    but not what a mask hides.
     """
     if span.count > SHORT:
-        return []
+        return [span.before] if first < span.before and rules.device.type == "cpu" else []
     page = (first + rules.shift) // rules.page
     last = (span.before + span.count + rules.shift - 1) // rules.page
+    if neighbours(span.pages[page : last + 1]):
+        return []
     cuts = [
         place * rules.page - rules.shift
         for place in range(page + 1, last + 1)
         if span.pages[place] != span.pages[place - 1] + 1
     ]
-    worth = bool(cuts) and cuts[-1] <= span.before and cuts[-1] - first > len(cuts) * rules.launch_keys
+    worth = cuts[-1] <= span.before and cuts[-1] - first > len(cuts) * rules.launch_keys
     return cuts if worth else []
 
 
@@ -191,10 +197,14 @@ def places(pages: list[int], first: int, end: int, rules: Rules) -> slice | Tens
     size, first, end = rules.page, first + rules.shift, end + rules.shift
     run = pages[first // size : -(-end // size)]
     offset = first % size
-    if run[-1] - run[0] == len(run) - 1 and all(after - page == 1 for page, after in pairwise(run)):
+    if neighbours(run):
         return slice(run[0] * size + offset, run[0] * size + offset + end - first)
     every = torch.tensor(run)[:, None] * size + torch.arange(size)
     return every.flatten()[offset : offset + end - first].to(rules.device)
+
+
+def neighbours(run: list[int]) -> bool:
+    return run[-1] - run[0] == len(run) - 1 and run == list(range(run[0], run[-1] + 1))
 
 
 def queries(spans: Sequence[Span], rules: Rules) -> slice | Tensor:
