@@ -108,8 +108,9 @@ class AnswerReader:
     ):
         self.opened, self.tools, self.force, self.new_id = opened, tools, force_nonempty_content, new_id
         self.answer = Answer()
+        self.white = "" if tools is None else WHITE  # what is held back where a call may follow
         self.held = ""  # text that has not been understood yet
-        self.space = ""  # white space that belongs to a call, if one follows
+        self.space = ""  # white space before it, which belongs to a tag, if one follows
         self.skip = ""  # characters to pass over, until there is another
         self.unpaired = not opened  # no think tag has been met
         self.final = False
@@ -144,12 +145,15 @@ class AnswerReader:
 
     def _before(self) -> bool:
         bare = self.held.lstrip(WHITE)
+        self.space += self.held[: len(self.held) - len(bare)]
+        self.held = bare
         if bare.startswith((THINK_OPEN, THINK_CLOSE)):  # some repeat the tag that the prompt ended with
             mark = THINK_OPEN if bare.startswith(THINK_OPEN) else THINK_CLOSE
             self.held, self.opened = bare[len(mark) :], mark == THINK_OPEN
-            self.unpaired, self.skip = False, "\n"
+            self.space, self.unpaired, self.skip = "", False, "\n"
         elif not self.final and (THINK_OPEN.startswith(bare) or THINK_CLOSE.startswith(bare)):
             return False
+        self.held, self.space = self.space + self.held, ""
         self.skip = "\n" if self.opened else self.skip
         self.step = self._thought if self.opened else self._content
         return True
@@ -158,15 +162,12 @@ class AnswerReader:
         self._pass_over()
         end = self.held.find(THINK_CLOSE)
         if end >= 0:
-            self._give(ReasoningText(self.held[:end].rstrip("\n")))
+            self._say(ReasoningText, self.held[:end], "\n")
             self.held = self.held[end + len(THINK_CLOSE) :]
-            self.skip, self.step = "\n", self._content
+            self.space, self.skip, self.step = "", "\n", self._content
             return True
-        sure = len(self.held)
-        if not self.final:
-            sure -= unfinished(self.held, [THINK_CLOSE])
-            sure = len(self.held[:sure].rstrip("\n"))
-        self._give(ReasoningText(self.held[:sure]))
+        sure = len(self.held) - (0 if self.final else unfinished(self.held, [THINK_CLOSE]))
+        self._say(ReasoningText, self.held[:sure], "" if self.final else "\n")
         self.held = self.held[sure:]
         return False
 
@@ -176,15 +177,12 @@ class AnswerReader:
         found = first_of(self.held, marks)
         if found is None:
             sure = len(self.held) - (0 if self.final else unfinished(self.held, marks))
-            self._say(self.held[:sure])
+            self._say(ContentText, self.held[:sure], "" if self.final else self.white)
             self.held = self.held[sure:]
-            if self.final:
-                self._give(ContentText(self.space))
-                self.space = ""
             return False
         at, mark = found
         text, self.held = self.held[:at], self.held[at + len(mark) :]
-        self._say(text)
+        self._say(ContentText, text, self.white)
         if mark == CALL_OPEN:
             assert self.tools is not None
             self.call = CallReader(self.tools, len(self.answer.calls), self.new_id)
@@ -192,7 +190,7 @@ class AnswerReader:
             return True
         self.unpaired = False
         if mark == THINK_OPEN:
-            self._say(mark)
+            self._say(ContentText, mark, self.white)
         return True
 
     def _call(self) -> bool:
@@ -205,18 +203,19 @@ class AnswerReader:
             return False
         self.held, self.step = self.call.held, self._content
         if self.call.state == "none":
-            self._say(CALL_OPEN)
+            self._say(ContentText, CALL_OPEN, self.white)
         else:
             self.answer.calls[-1].complete = self.call.state == "read"
             self.skip = WHITE
         return True
 
-    def _say(self, text: str) -> None:
-        """Content, but for white space at its end that may belong to a call."""
-        text = self.space + text
-        sure = len(text if self.tools is None else text.rstrip(WHITE))
-        self.space = text[sure:]
-        self._give(ContentText(text[:sure]))
+    def _say(self, kind: type[ReasoningText | ContentText], text: str, white: str) -> None:
+        """Hands on text, but for the `white` space at its end, which a tag may follow."""
+        body = text.rstrip(white)
+        if body or not white:
+            self._give(kind(self.space + body))
+            self.space = ""
+        self.space += text[len(body) :]
 
     def _pass_over(self) -> None:
         self.held = self.held.lstrip(self.skip) if self.skip else self.held
