@@ -18,6 +18,8 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 
 OPEN = ("/", "/health")  # the page is a shell that asks for the key itself
 OPEN_BELOW = "/static/"
+PATIENCE = 64 * 2**20  # bytes of a body that is too long before the connection is cut
+CLOSE = {"connection": "close"}
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -70,27 +72,34 @@ class Guard:
             raise Problem(401, f"wrong or no key; give {wanted}", code="invalid_api_key", headers=CHALLENGE)
 
     async def whole_body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body, or None when the client leaves before its end; 413 as soon as it is known to be too long."""
-        most = self.limits.body_bytes
+        """The body, or None when the client leaves before its end; 413 for one that is too long.
+
+        The rest of that is read and forgotten, within reason: a client that is cut off while it sends never gets to
+        read why.
+        """
+        most, parts, size = self.limits.body_bytes, [], 0
         said = headers.get("content-length", "0")
-        if said.isdecimal() and int(said) > most:
+        if said.isdecimal() and int(said) > PATIENCE:
             raise too_long(most)
-        parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
+                    size += len(message.get("body", b""))
+                    if size > PATIENCE:
                         raise too_long(most)
+                    if size <= most:
+                        parts.append(message.get("body", b""))
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        break
         except TimeoutError:
             message_text = f"no whole body within {self.limits.body_seconds:g} seconds"
-            raise Problem(408, message_text, headers={"connection": "close"}) from None
+            raise Problem(408, message_text, headers=CLOSE) from None
+        if size > most:
+            raise too_long(most)
+        return b"".join(parts)
 
     def check_body(self, raw: bytes, headers: Headers) -> None:
         """Refuses a body that is no JSON, or says to be something else."""
@@ -110,16 +119,15 @@ CHALLENGE = {"www-authenticate": "Bearer"}
 
 
 def keys(headers: Headers) -> Iterable[bytes]:
-    """The keys that a request shows."""
+    """The keys that a request shows, as the bytes that came."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        yield bearer.strip().encode()
-    yield headers.get("x-api-key", "").encode()
+        yield bearer.strip().encode("latin-1")
+    yield headers.get("x-api-key", "").encode("latin-1")
 
 
 def too_long(most: int) -> Problem:
-    # The rest of the body will not be read, so the connection can not serve another request.
-    return Problem(413, f"the body is longer than {most} bytes", code="body_too_large", headers={"connection": "close"})
+    return Problem(413, f"the body is longer than {most} bytes", code="body_too_large", headers=CLOSE)
 
 
 def again(raw: bytes, receive: Receive) -> Receive:

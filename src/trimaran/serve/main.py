@@ -34,6 +34,7 @@ def main(target: str, overrides: Sequence[str] = ()) -> None:
         service = service_of(target, settings)
         for line in told(service, settings):
             put(sys.stderr, line + "\n")
+        door.listen()
         put(sys.stdout, f"serving {service.names[0]} at {address(door)}\n")
         try:
             Server(service).run([door])
@@ -57,6 +58,7 @@ def running(target: str | Path, overrides: Sequence[str] = ("serve.port=0",)) ->
         service = service_of(str(target), settings)
         server = Server(service)
         thread = threading.Thread(target=server.run, args=([door],), name="trimaran-serve", daemon=True)
+        door.listen()
         thread.start()
         try:
             yield Running(address(door), service)
@@ -102,7 +104,7 @@ def told(service: Service, settings: ServerSettings) -> Iterator[str]:
 
 @contextlib.contextmanager
 def listening(settings: ServeSettings) -> Iterator[socket.socket]:
-    """A socket bound to the address, before a model is read for nothing."""
+    """A socket bound to the address, before a model is read for nothing. Nobody is let in yet."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,6 @@
 """One wish in many spellings: whether to think, how hard, and for how many tokens."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,6 @@ def check_variables(said: dict[str, Any], template: str) -> None:
         elif name == "reasoning_budget":
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise Problem(400, f"{place} = {value!r}; allowed: an integer of 0 or more", param=place)
-        elif name in TAKEN or name not in template:
+        elif name in TAKEN or name not in set(re.findall(r"\w+", template)):
             known = ", ".join(nearest_first(name, OURS)[:3])
             raise Problem(400, f"the chat template has no {name!r}; the nearest known: {known}", param=place)

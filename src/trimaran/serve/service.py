@@ -12,6 +12,7 @@ from trimaran.errors import nearest_first
 from trimaran.report.terminal import put
 from trimaran.serve.metrics import Metrics
 from trimaran.serve.problem import Problem
+from trimaran.serve.rules import Forms
 from trimaran.serve.settings import ServeSettings
 from trimaran.text.template import NEMOTRON_3
 from trimaran.text.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ class Service:
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.forms = Forms(self.folder.tokenizer, self.settings.limits.forms)
 
     @property
     def tokenizer(self) -> Tokenizer:

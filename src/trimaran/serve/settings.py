@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from trimaran.config import Settings
+from trimaran.engine.constrain import ConstraintLimits
 from trimaran.engine.request import EngineSettings
 from trimaran.text.tools import ToolLimits
 
@@ -27,6 +28,7 @@ class Limits(Settings):
     top_logprobs: int = Field(20, ge=0)
     messages: int = Field(2048, ge=1)
     tools: ToolLimits = ToolLimits()
+    forms: ConstraintLimits = ConstraintLimits()  # JSON schemas, regular expressions, choices, grammars
 
 
 class ServeSettings(Settings):

@@ -63,7 +63,7 @@ def chat_ask(body: ChatRequest, service: Service) -> ChatAsk:
         tuple(ids),
         sampling,
         priority=body.priority or 0,
-        guide=guide_of(body, service, tools, reasoning, opened),
+        guide=guide_of(body, service.forms, tools, reasoning, opened),
         turns=tuple(ends[-TURNS:]),
         top_logprobs=at_most(tops, limits.top_logprobs, "top_logprobs"),
     )
@@ -89,7 +89,7 @@ def completion_ask(body: CompletionRequest, service: Service) -> CompletionAsk:
         body, service, body.max_tokens or service.settings.completion_tokens, body.logprobs is not None
     )
     tops = at_most(body.logprobs or 0, limits.top_logprobs, "logprobs")
-    guide = guide_of(body, service)
+    guide = guide_of(body, service.forms)
     requests: list[Request] = []
     echoes: list[str] = []
     for prompt in prompts:
