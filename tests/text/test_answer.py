@@ -261,7 +261,7 @@ ARGUMENTS = st.fixed_dictionaries(
 @given(
     ARGUMENTS, st.sampled_from(["", "Aye.", "Aye,\naye"]), st.sampled_from(["", "Hm.", "Hm\n\nhm"]), st.integers(1, 3)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_the_template_writes_is_read_back(arguments, content, reasoning, calls):
     written = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     assume(len(END.findall(written + "</function>")) == len(arguments))  # a value that spells its own end is lost
