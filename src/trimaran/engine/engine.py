@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trimaran.engine.choose import Choice, choose
+from trimaran.engine.fenced import Fenced
 from trimaran.engine.paged import PagedState, Segment
 from trimaran.engine.pages import Memory
 from trimaran.engine.prefix import PrefixCache
@@ -88,7 +89,8 @@ class Engine:
         self.check(request)
         if request.id in self.jobs:
             raise Refusal(f"a second request with the id {request.id!r}", "an id of its own", "leave the id out")
-        rows = open_rows(self.model.config, [request.prompt], [request.sampling], self.tokenizer, [request.guide])
+        guides = [Fenced.maker(request.guide)]
+        rows = open_rows(self.model.config, [request.prompt], [request.sampling], self.tokenizer, guides)
         jobs = [Job(request, row, self.arrivals + place, list(request.prompt)) for place, row in enumerate(rows)]
         self.arrivals += len(jobs)
         for job in jobs:
@@ -221,13 +223,14 @@ class Engine:
         """Hands a text its tokens, until it ends: an end token or stop string may stand among the accepted drafts."""
         job, row = share.job, share.job.row
         output, tokens, text = row.output, list[int](), ""
-        if choice.refusal is not None:
-            return Piece(job.request.id, output.sample, tokens, text, error=choice.refusal)
         for ahead, token in enumerate(choice.tokens):
             tokens.append(token)
             text += row.push(token, choice.logprobs_at(ahead))
             if output.finish is not None:
                 break
+        failure = row.guide.failure if isinstance(row.guide, Fenced) else []
+        if failure or choice.refusal is not None:
+            return Piece(job.request.id, output.sample, [], "", error=failure[0] if failure else choice.refusal)
         accepted = min(len(tokens), choice.accepted)
         output.passes += 1
         output.drafted += len(share.drafts)

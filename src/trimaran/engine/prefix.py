@@ -231,8 +231,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forgets everything."""
-        for block in list(self.blocks):
-            self._remove(block, evicted=False)
+        while self.blocks:
+            self._remove(next(iter(self.blocks)), evicted=False)
 
     def _remove(self, block: Block, evicted: bool = True) -> None:
         """Forgets a leaf, and what it stood on as far as nothing else needs that."""
