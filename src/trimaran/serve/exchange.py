@@ -146,6 +146,8 @@ def opened_streams(service: Service, requests: Sequence[Request]) -> list[AsyncI
     try:
         return [service.runner.stream(request) for request in requests]
     except Refusal as problem:
-        raise refused(problem) from None
+        longest = max(len(request.prompt) + request.sampling.max_tokens for request in requests)
+        too_long = service.longest is not None and longest > service.longest
+        raise refused(problem, code="context_length_exceeded" if too_long else None) from None
     except Busy as busy:
         raise turned_away(busy) from None

@@ -92,13 +92,13 @@ class Metrics:
         ended = [f"{total}{labels({'reason': reason})} {count}" for reason, count in sorted(self.ended.items())]
         yield from family(total, "Texts by why they ended", "counter", ended)
         for name, words, histogram in (
-            ("trimaran_time_to_first_token_seconds", "From the request to its first token", self.first_token),
+            ("time_to_first_token_seconds", "From the request to its first token", self.first_token),
             (
-                "trimaran_time_per_output_token_seconds",
+                "time_per_output_token_seconds",
                 "Between tokens after the first, a text's mean",
                 self.between_tokens,
             ),
-            ("trimaran_request_seconds", "From the request to its end", self.whole),
+            ("request_seconds", "From the request to its end", self.whole),
         ):
             yield from family(f"trimaran_{name}", words, "histogram", histogram.lines(f"trimaran_{name}"))
 

@@ -50,9 +50,10 @@ def presentable(text: str) -> str:
     return text if len(text) <= 1000 else text[:1000] + " …"
 
 
-def refused(refusal: Refusal, param: str | None = None) -> Problem:
+def refused(refusal: Refusal, param: str | None = None, code: str | None = None) -> Problem:
     """A `Refusal` of the rooms below as an answer to whoever asked."""
-    return Problem(400, f"{refusal.found}; allowed: {refusal.allowed}; next: {refusal.next_step}", param=param)
+    said = f"{refusal.found}; allowed: {refusal.allowed}; next: {refusal.next_step}"
+    return Problem(400, said, param=param, code=code)
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
