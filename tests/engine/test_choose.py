@@ -222,6 +222,17 @@ def test_a_mask_goes_before_top_k_and_the_penalty():
     assert choose(LOGITS[:1], [Ask(GREEDY, b"k", 0, guide=Script(only(0)))], spelled=4)[0].tokens == [0]
 
 
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
+def test_a_draft_that_cannot_be_spelled_never_stands(acceptance):
+    """Look-up may find one in a prompt. Penalties and guides behind it are not asked."""
+    sampling = Sampling(temperature=1e-6, repetition_penalty=1.1)
+    asks = [
+        Ask(sampling, b"k", 0, seen=torch.zeros(5) > 0, guide=guide, drafts=(3, 4)) for guide in (None, Script(None))
+    ]
+    for choice in choose(LOGITS.repeat(2, 1), asks, spelled=4, acceptance=acceptance):
+        assert (choice.tokens, choice.accepted) == ([3, 0], 1)
+
+
 def test_guides_together_allow_what_all_allow():
     both = Guides(
         Script(torch.tensor([True, True, False, True]), None), Script(torch.tensor([False, True, True]), only(2))

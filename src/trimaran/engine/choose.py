@@ -22,7 +22,7 @@ Shapes: S rows, N = sum over rows of k + 1 places one row after the other, V ids
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Literal
 
 import torch
@@ -58,6 +58,17 @@ class Ask:
     law: Tensor | None = None
     top: int = 0
 
+    def after(self, token: int) -> "Ask":
+        """What the next choice would depend on, were `token` said. This one is not touched."""
+        guide = None if self.guide is None else self.guide.fork()
+        if guide is not None:
+            guide.push(token)
+        seen = None
+        if self.seen is not None and self.settings.repetition_penalty != 1:
+            seen = self.seen.clone()
+            seen[token] = True
+        return replace(self, place=self.place + 1, seen=seen, guide=guide, drafts=(), law=None)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -87,7 +98,8 @@ def choose(
 ) -> list[Choice]:
     """The choice of each row, from the logits of all places, rows one after the other.
 
-    spelled: ids from there on are never chosen (models round their vocabulary up; the tokenizer lacks them).
+    spelled: ids from there on are never chosen (models round their vocabulary up; the tokenizer lacks them), and laws
+    end there.
     """
     places = Places(logits_NV, asks, spelled)
     if acceptance == "coupled" or places.law.all_greedy:
@@ -104,8 +116,10 @@ def choose(
 class Places:
     """The places of a batch of rows: their logits without what is forbidden, and the laws that settings make of them.
 
-    starts: each row's first place. hopeless: for rows with a place that leaves no choice, how many places come before
-    the first such and why; its logits are zeros here, so that nothing downstream meets a NaN.
+    starts: each row's first place. drafts: each row's, up to the first that is not spelled (look-up may find such in a
+    prompt): it cannot stand, and the place before it is like one after all drafts. hopeless: for rows with a place
+    that leaves no choice, how many places come before the first such and why; its logits are zeros here, so that
+    nothing downstream meets a NaN.
     """
 
     def __init__(self, logits_NV: Tensor, asks: Sequence[Ask], spelled: int | None):
@@ -116,36 +130,35 @@ class Places:
         self.starts = [0, *accumulate(counts)][: len(counts)]
         rows_N = torch.arange(len(asks)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
         self.law = Law.of([ask.settings for ask in asks], self.device).at(rows_N.to(self.device))
-        self.seen_NV = None if self.law.penalty_B1 is None else self._seen()
+        width = logits_NV.shape[-1] if spelled is None else min(spelled, logits_NV.shape[-1])
+        self.drafts = [list(takewhile(lambda token: token < width, ask.drafts)) for ask in asks]
         self.hopeless: dict[int, tuple[int, Refusal]] = {}
-        self.logits_NV = self._narrowed(spelled)
+        self.logits_NV = self._narrowed(width)
+        self.seen_NV = None if self.law.penalty_B1 is None else self._seen()
 
     def _seen(self) -> Tensor:
         """What each place's penalty falls on: the row's own tokens, and the drafts before the place."""
-        seen_NV = torch.zeros(self.raw_NV.shape, dtype=torch.bool, device=self.device)
-        for start, ask in zip(self.starts, self.asks, strict=True):
+        seen_NV = torch.zeros(self.logits_NV.shape, dtype=torch.bool, device=self.device)
+        for start, ask, drafts in zip(self.starts, self.asks, self.drafts, strict=True):
             if ask.settings.repetition_penalty == 1:
                 continue
             if ask.seen is None:
                 raise ValueError("a row with a repetition penalty comes without the tokens it has seen")
-            end = start + len(ask.drafts) + 1
-            seen_NV[start:end] = ask.seen
-            for ahead, token in enumerate(ask.drafts, 1):
+            end = start + len(drafts) + 1
+            seen_NV[start:end] = ask.seen[: seen_NV.shape[-1]]
+            for ahead, token in enumerate(drafts, 1):
                 seen_NV[start + ahead : end, token] = True
         return seen_NV
 
-    def _narrowed(self, spelled: int | None) -> Tensor:
-        """The logits, -inf where an id may not be chosen."""
-        width = self.raw_NV.shape[-1]
+    def _narrowed(self, width: int) -> Tensor:
+        """The logits of the ids that are spelled, -inf where a guide forbids one."""
+        logits_NV = self.raw_NV[:, :width]
         places, masks = self._masks(width)
-        logits_NV = self.raw_NV
-        if places or (spelled is not None and spelled < width):
+        if places:
+            index = torch.tensor(places, device=self.device)
+            allowed = torch.stack(masks).to(self.device)
             logits_NV = logits_NV.clone()
-            logits_NV[:, width if spelled is None else spelled :] = -torch.inf
-            if places:
-                index = torch.tensor(places, device=self.device)
-                allowed = torch.stack(masks).to(self.device)
-                logits_NV[index] = logits_NV[index].masked_fill(~allowed, -torch.inf)
+            logits_NV[index] = logits_NV[index].masked_fill(~allowed, -torch.inf)
         hopeless = (~logits_NV.amax(-1).isfinite()).nonzero()[:, 0].tolist()
         if hopeless:
             logits_NV = logits_NV.clone()
@@ -157,11 +170,11 @@ class Places:
         """Places that a guide narrows, and their masks [V]. A draft that it forbids ends the look along that row: its
         place can not choose it, so none after it counts."""
         places, masks = [], []
-        for row, (start, ask) in enumerate(zip(self.starts, self.asks, strict=True)):
+        for row, (start, ask, drafts) in enumerate(zip(self.starts, self.asks, self.drafts, strict=True)):
             if ask.guide is None:
                 continue
-            guide = ask.guide.fork() if ask.drafts else ask.guide
-            for ahead in range(len(ask.drafts) + 1):
+            guide = ask.guide.fork() if drafts else ask.guide
+            for ahead in range(len(drafts) + 1):
                 try:
                     mask = guide.allowed()
                 except Refusal as refusal:
@@ -170,15 +183,15 @@ class Places:
                 if mask is not None:
                     places.append(start + ahead)
                     masks.append(widened(mask, width))
-                if ahead == len(ask.drafts) or (mask is not None and not masks[-1][ask.drafts[ahead]]):
+                if ahead == len(drafts) or (mask is not None and not masks[-1][drafts[ahead]]):
                     break
-                guide.push(ask.drafts[ahead])
+                guide.push(drafts[ahead])
         return places, masks
 
     def _refuse(self, hopeless: list[int]) -> None:
         """Notes the first of each row's places that has no choice: no id is allowed, or the model gave no numbers."""
-        for row, (start, ask) in enumerate(zip(self.starts, self.asks, strict=True)):
-            own = [place for place in hopeless if start <= place <= start + len(ask.drafts)]
+        for row, (start, ask, drafts) in enumerate(zip(self.starts, self.asks, self.drafts, strict=True)):
+            own = [place for place in hopeless if start <= place <= start + len(drafts)]
             if not own or (row in self.hopeless and self.hopeless[row][0] <= own[0] - start):
                 continue
             if bool(self.raw_NV[own[0]].amax().isfinite()):
@@ -217,10 +230,10 @@ def coupled(places: Places) -> tuple[list[list[int]], list[int]]:
     """Tokens and accepted counts of each row, a draft standing while it is what the row draws."""
     draws = places.draws()
     tokens, accepted = [], []
-    for start, ask in zip(places.starts, places.asks, strict=True):
-        own = draws[start : start + len(ask.drafts) + 1]
+    for start, drafts in zip(places.starts, places.drafts, strict=True):
+        own = draws[start : start + len(drafts) + 1]
         count = 0
-        while count < len(ask.drafts) and own[count] == ask.drafts[count]:
+        while count < len(drafts) and own[count] == drafts[count]:
             count += 1
         tokens.append(own[: count + 1])
         accepted.append(count)
@@ -232,23 +245,23 @@ def rejection(places: Places) -> tuple[list[list[int]], list[int]]:
     accepted = standing(places)
     ends = [start + count for start, count in zip(places.starts, accepted, strict=True)]
     laws_SV = places.law_NV[torch.tensor(ends, device=places.device)].double()
-    fallen = [row for row, ask in enumerate(places.asks) if accepted[row] < len(ask.drafts)]
+    fallen = [row for row, drafts in enumerate(places.drafts) if accepted[row] < len(drafts)]
     if fallen:
         q_FV = torch.zeros(len(fallen), laws_SV.shape[-1], dtype=laws_SV.dtype, device=places.device)
         for place, row in enumerate(fallen):
             ask, count = places.asks[row], accepted[row]
             if ask.law is None:
-                q_FV[place, ask.drafts[count]] = 1
+                q_FV[place, places.drafts[row][count]] = 1
             else:
                 q_FV[place] = ask.law[count]
         index_F = torch.tensor(fallen, device=places.device)
         laws_SV[index_F] = remainder(laws_SV[index_F], q_FV)
     numbers = [
-        uniform(ask.key, ask.place + count + (REPLACE if count < len(ask.drafts) else 0))
-        for ask, count in zip(places.asks, accepted, strict=True)
+        uniform(ask.key, ask.place + count + (REPLACE if count < len(drafts) else 0))
+        for ask, drafts, count in zip(places.asks, places.drafts, accepted, strict=True)
     ]
     more = draw(laws_SV, numbers).tolist()
-    tokens = [[*ask.drafts[:count], token] for ask, count, token in zip(places.asks, accepted, more, strict=True)]
+    tokens = [[*drafts[:count], token] for drafts, count, token in zip(places.drafts, accepted, more, strict=True)]
     return tokens, accepted
 
 
@@ -261,14 +274,13 @@ def remainder(p_FV: Tensor, q_FV: Tensor) -> Tensor:
 
 def standing(places: Places) -> list[int]:
     """How many of each row's drafts stand: those before the first that falls."""
-    index = [start + ahead for start, ask in zip(places.starts, places.asks) for ahead in range(len(ask.drafts))]
-    drafts = [token for ask in places.asks for token in ask.drafts]
-    p = places.law_NV[index, drafts].tolist()
+    index = [start + ahead for start, drafts in zip(places.starts, places.drafts) for ahead in range(len(drafts))]
+    p = places.law_NV[index, [token for drafts in places.drafts for token in drafts]].tolist()
     counts, first = [], 0
-    for ask in places.asks:
-        k, count = len(ask.drafts), 0
+    for ask, drafts in zip(places.asks, places.drafts, strict=True):
+        k, count = len(drafts), 0
         own = p[first : first + k]
-        q = [1.0] * k if ask.law is None else ask.law[range(k), ask.drafts].tolist()
+        q = [1.0] * k if ask.law is None else ask.law[range(k), drafts].tolist()
         while count < k and uniform(ask.key, ACCEPT + ask.place + count) * q[count] < own[count]:
             count += 1
         counts.append(count)

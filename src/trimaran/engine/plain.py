@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimaran.engine.choose import Choice, choose
+from trimaran.engine.choose import Ask, Choice, Places, choose
 from trimaran.engine.guide import Guide
 from trimaran.engine.row import Output, Row, open_rows
-from trimaran.engine.sampler import Law, Sampling
+from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
@@ -156,9 +156,8 @@ class Batch:
     ):
         self.model, self.rows, self.state = model, rows, state
         self.spelled = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
-        self.law = Law.of([row.settings for row in rows], model.device)
         self.seen_BV: Tensor | None = None
-        if self.law.penalty_B1 is not None:
+        if any(row.settings.repetition_penalty != 1 for row in rows):
             self.seen_BV = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=model.device)
             for place, row in enumerate(rows):
                 self.seen_BV[place, torch.tensor(prompts[row.output.prompt], device=model.device)] = True
@@ -171,7 +170,7 @@ class Batch:
         return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.model.device)
 
     def draft(self, k: int) -> Tensor:
-        """k tokens per row [B, k], each the draft block's likeliest after those before it."""
+        """k tokens per row [B, k], each as the row would draw it from the draft block's law, after those before it."""
         mtp, memory = self.model.mtp, self.state.mtp
         assert mtp is not None and memory is not None
         # What was kept is read with the whole model's hidden vectors, not with those that the drafting made up.
@@ -179,26 +178,28 @@ class Batch:
         ids_BT = torch.where(places_T < self.unread_B[:, None], 0, PADDING)
         hidden_BTD = mtp(self.unread_hidden_BTD, self.unread_tokens_BT, ids_BT, memory)
         hidden_B1D = at_place(hidden_BTD, self.unread_B - 1)
-        seen_BV = None if self.seen_BV is None else self.seen_BV.clone()
-        drafts: list[Tensor] = []
+        asks, drafts = self.asks(), list[Tensor]()
         memory.mark()
         for depth in range(k):
             if depth:
                 hidden_B1D = mtp(hidden_B1D, drafts[-1], state=memory)
-            logits_BV = self.spellable(self.model.head(hidden_B1D)[:, 0])
-            drafts.append(self.law.scores(logits_BV, seen_BV).argmax(-1, keepdim=True))
-            if seen_BV is not None:
-                seen_BV.scatter_(1, drafts[-1], True)
+            tokens = Places(self.model.head(hidden_B1D)[:, 0], asks, self.spelled).draws()
+            asks = [ask.after(token) for ask, token in zip(asks, tokens, strict=True)]
+            drafts.append(torch.tensor(tokens, device=self.model.device)[:, None])
         memory.keep(0)
         return torch.cat(drafts, 1)
 
+    def asks(self, drafts: Sequence[Sequence[int]] | None = None) -> list[Ask]:
+        """What the rows' next choices depend on, with logits after each of their drafts."""
+        return [
+            row.ask(None if self.seen_BV is None else self.seen_BV[place], () if drafts is None else drafts[place])
+            for place, row in enumerate(self.rows)
+        ]
+
     def take(self, hidden_BKD: Tensor, drafts_Bk: Tensor) -> list[Piece]:
         """Chooses after each token just read, keeps what stands, lets finished rows leave; a piece per row."""
-        asks = [
-            row.ask(None if self.seen_BV is None else self.seen_BV[place], drafts)
-            for place, (row, drafts) in enumerate(zip(self.rows, drafts_Bk.tolist(), strict=True))
-        ]
-        choices = choose(self.model.head(hidden_BKD).flatten(0, 1), asks, self.spelled)
+        logits_NV = self.model.head(hidden_BKD).flatten(0, 1)
+        choices = choose(logits_NV, self.asks(drafts_Bk.tolist()), self.spelled)
         for choice in choices:
             if choice.refusal is not None:
                 raise choice.refusal
@@ -212,14 +213,6 @@ class Batch:
         pieces = [self.push(place, choice, k) for place, choice in enumerate(choices)]
         self.leave()
         return pieces
-
-    def spellable(self, logits_BV: Tensor) -> Tensor:
-        """The logits, without hope for ids that the tokenizer lacks: models often round their vocabulary up."""
-        if self.spelled >= logits_BV.shape[-1]:
-            return logits_BV
-        logits_BV = logits_BV.clone()
-        logits_BV[:, self.spelled :] = -torch.inf
-        return logits_BV
 
     def push(self, place: int, choice: Choice, k: int) -> Piece:
         """Hands a row its tokens, until it ends: an end token or stop string may stand inside the accepted run."""
@@ -247,8 +240,7 @@ class Batch:
             return
         index = torch.tensor(staying, device=self.model.device)
         self.state = self.state.fork(index)
-        self.law = Law.of([row.settings for row in self.rows], self.model.device)
-        self.seen_BV = None if self.seen_BV is None or self.law.penalty_B1 is None else self.seen_BV[index]
+        self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
         self.newest_B1, self.unread_B = self.newest_B1[index], self.unread_B[index]
         self.unread_hidden_BTD, self.unread_tokens_BT = self.unread_hidden_BTD[index], self.unread_tokens_BT[index]
 

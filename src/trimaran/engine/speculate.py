@@ -16,7 +16,7 @@ Shapes: S rows, N tokens of all rows one after the other, D width, V ids.
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -108,10 +108,6 @@ class Pencil:
 
     def __init__(self, need: Need):
         self.need, self.ask, self.tokens, self.laws = need, need.ask, list[int](), list[Tensor]()
-        if need.count:  # else nothing of the row is touched
-            guide = None if need.ask.guide is None else need.ask.guide.fork()
-            seen = None if need.ask.settings.repetition_penalty == 1 else need.ask.seen
-            self.ask = replace(need.ask, guide=guide, seen=None if seen is None else seen.clone())
 
     @property
     def open(self) -> bool:
@@ -124,11 +120,7 @@ class Pencil:
         self.tokens.append(token)
         if law is not None:
             self.laws.append(law)
-        if self.ask.guide is not None:
-            self.ask.guide.push(token)
-        if self.ask.seen is not None:
-            self.ask.seen[token] = True
-        self.ask = replace(self.ask, place=self.ask.place + 1)
+        self.ask = self.ask.after(token)
 
     def draft(self) -> Draft:
         return Draft(self.tokens, torch.stack(self.laws) if self.laws else None)
