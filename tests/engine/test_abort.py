@@ -11,7 +11,8 @@ from trimaran.engine.request import EngineSettings
 
 @pytest.mark.parametrize("drafter", ["none", "mtp"])
 def test_requests_aborted_anywhere(drafter):
-    """250 without and 250 with drafts. Before the first token, within a prompt, while decoding or drafted for, preempted, or with samples that wait."""
+    """250 without drafts and 250 with: before the first token, within a prompt, while decoding, preempted, or with
+    samples that wait."""
     dice, model = random.Random(7), small("latent", 7)
     chosen = EngineSettings(rows=6, tokens_per_pass=40, page=4, snapshots=6, drafter=drafter, draft=2)
     engine = Engine(model, settings=squeezed(chosen, model, 60))

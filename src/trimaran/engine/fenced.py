@@ -29,7 +29,8 @@ class Fenced:
         return self._ask(lambda: self.guide.ended, True)
 
     def allowed(self) -> Tensor | None:
-        return self._ask(self.guide.allowed, torch.zeros(1, dtype=torch.bool))
+        nothing: Tensor | None = torch.zeros(1, dtype=torch.bool)
+        return self._ask(self.guide.allowed, nothing)
 
     def push(self, token: int) -> None:
         self._ask(lambda: self.guide.push(token), None)

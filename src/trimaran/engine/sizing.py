@@ -22,10 +22,13 @@ def fitted(
     if draft_model is not None:
         own, others = row_bytes(model, settings, 1), row_bytes(draft_model, settings, 2)
         share = own / (own + others)
+    # Without a budget, pages for the usual number of tokens.
+    pages = settings.rows * -(-USUAL_TOKENS // settings.page) if budget is None else None
     memory = Memory(
         model,
         rows=settings.rows,
-        **size(settings, budget, share),
+        bytes=None if budget is None else int(budget * share),
+        pages=pages,
         page=settings.page,
         snapshots=settings.snapshots if settings.prefix_cache and "M" in model.config.pattern else 0,
         draft=most_drafts(settings),
@@ -36,15 +39,14 @@ def fitted(
     if draft_model is None:
         return memory, None
     # A row of the draft model has a twin while it drafts, whose last page is its own.
-    drafts = Memory(draft_model, rows=2 * settings.rows, **size(settings, budget, 1 - share), page=settings.page)
+    drafts = Memory(
+        draft_model,
+        rows=2 * settings.rows,
+        bytes=None if budget is None else int(budget * (1 - share)),
+        pages=pages,
+        page=settings.page,
+    )
     return memory, drafts
-
-
-def size(settings: EngineSettings, budget: int | None, share: float) -> dict[str, int]:
-    """Bytes where there is a budget, else pages for the usual number of tokens."""
-    if budget is not None:
-        return {"bytes": int(budget * share)}
-    return {"pages": settings.rows * -(-USUAL_TOKENS // settings.page)}
 
 
 def row_bytes(model: HybridModel, settings: EngineSettings, slots: int) -> int:
