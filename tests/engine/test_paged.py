@@ -344,6 +344,40 @@ def test_states_in_fp16_do_not_depend_on_the_batch():
     assert torch.equal(*states)
 
 
+def test_heads_that_decay_slowly_go_on_adding_in_fp16():
+    """A large state that grows by less than half its spacing per token: to nearest it would stand still."""
+    model = tiny("mamba", torch.float32, pattern="M")
+    mixer = model.backbone.layers[0].mixer
+    mixer.A_log.fill_(-12.0)
+    mixer.dt_bias.fill_(0.0)
+    found = []
+    for ssm_dtype in (None, torch.float16):
+        memory = Memory(model, rows=2, pages=0, ssm_dtype=ssm_dtype)
+        sequence = memory.open()
+        for step in range(405):
+            model.hidden(torch.tensor([[5]]), state=memory.view([Segment(sequence, 1)]))
+            if step == 4:  # the convolution's tail is full: from here on every token adds the same
+                before = memory.ssm[:, 0].float()
+                start = 3000 * (before / (step + 1))
+                memory.ssm[:, 0] = start
+        found.append(memory.ssm[:, 0].float())
+    exact, by_chance = found
+    assert (exact - start).norm() > 0.1 * start.norm()
+    assert (by_chance - exact).norm() < 0.01 * exact.norm()
+    assert abs(float((by_chance - exact).sum() / exact.abs().sum())) < 0.002
+
+
+def test_neighbouring_slots_are_stepped_in_place():
+    """In whatever order the segments come: a group whose slots are neighbours is a view of the pool."""
+    memory = Memory(tiny("mamba"), rows=6, pages=0)
+    sequences = [memory.open() for _ in range(6)]
+    order = [sequences[place] for place in (3, 0, 2, 1)]
+    (group,) = memory.view([Segment(s, 1) for s in order]).groups
+    assert group.slots == slice(0, 4) and [order[n].slot for n in group.order] == [0, 1, 2, 3]
+    groups = memory.view([Segment(s, 1) for s in (sequences[5], sequences[0], sequences[2])]).groups
+    assert len(groups) == 1 and groups[0].slots.tolist() == [0, 2, 5], "too few to be worth three calls"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_states_in_fp16_stay_near(dtype):
     """Single tokens, chunks and trials: half the bytes, and errors of fp16's size."""

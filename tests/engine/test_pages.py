@@ -97,6 +97,19 @@ def test_what_cannot_be_had_changes_nothing():
     assert (memory.free_slots, memory.free_pages) == (3, 4)
 
 
+def test_a_fork_shares_what_is_settled():
+    """Pages below both the trunk's and the draft block's next place; a draft block that lags will still write."""
+    memory = Memory(tiny("latent"), rows=8, pages=40, page=4)
+    one = memory.open()
+    memory.reserve(one, 16)
+    for length, pairs, shared, pages in ((11, 0, 2, 3), (12, 11, 3, 3), (12, 12, 3, 4), (12, 6, 1, 3), (13, 12, 3, 4)):
+        one.length, one.mtp_length = length, pairs
+        other = memory.fork(one)
+        assert (other.length, other.mtp_length, len(other.pages)) == (length, pairs, pages)
+        assert [a == b for a, b in zip(one.pages, other.pages)] == [True] * shared + [False] * (pages - shared)
+        memory.close(other)
+
+
 def test_a_restored_sequence_stands_where_the_snapshot_does():
     memory = Memory(tiny("dense"), rows=2, pages=4, page=4, snapshots=1)
     one = memory.open()
