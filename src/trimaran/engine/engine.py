@@ -348,6 +348,8 @@ class Engine:
             total_slots=memory.total_slots,
             free_snapshots=memory.free_snapshots,
             total_snapshots=memory.total_snapshots,
+            cached_pages=0 if self.cache is None else self.cache.held_pages,
+            cached_snapshots=0 if self.cache is None else self.cache.held_snapshots,
             requests=self.requests,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,

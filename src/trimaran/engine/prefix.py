@@ -72,6 +72,14 @@ class PrefixCache:
         self.points: OrderedDict[tuple[Block, int], None] = OrderedDict()
         self.evictions = 0
 
+    @property
+    def held_pages(self) -> int:
+        return len(self.blocks) if self.pages else 0
+
+    @property
+    def held_snapshots(self) -> int:
+        return len(self.points) if self.states else 0
+
     # finding
 
     def open(self, text: Sequence[int]) -> Hit | None:

@@ -80,6 +80,7 @@ class EngineSettings(Settings):
 class Stats:
     """Counts: where the engine stands now, and what it has done since it was made.
 
+    cached_pages, cached_snapshots: held by the prefix cache until they are needed; running texts may hold the same.
     prompt_tokens: of all prompts admitted; cached_tokens: those of them that the prefix cache spared;
     recomputed_bytes: keys, values and states written again for tokens that had been read before (preempted rows, and
     cached text beyond its last snapshot). tokens: chosen ones. passes: of the whole model.
@@ -93,6 +94,8 @@ class Stats:
     total_slots: int
     free_snapshots: int
     total_snapshots: int
+    cached_pages: int
+    cached_snapshots: int
     requests: int
     prompt_tokens: int
     cached_tokens: int
