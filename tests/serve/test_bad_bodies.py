@@ -90,6 +90,7 @@ BAD: dict[str, tuple[str, object]] = {
     "a field that nobody honours": (CHAT, {**MESSAGES, "logit_bias": {"5": 1}}),
     "audio": (CHAT, {**MESSAGES, "modalities": ["text", "audio"]}),
     "a foreign template": (CHAT, {**MESSAGES, "chat_template": "{{ 1 }}"}),
+    "options of no stream": (CHAT, {**MESSAGES, "stream_options": {"include_usage": True}}),
     "an unknown model": (CHAT, {**MESSAGES, "model": "gpt"}),
     "no prompts": (TEXT, {"prompt": []}),
     "too many prompts": (TEXT, {"prompt": ["a"] * 65}),

@@ -6,6 +6,9 @@ import re
 import pytest
 
 from tests.serve.conftest import CALL, SKY, SUM, WEATHER, chat, post
+from trimaran.serve.requests import ChatRequest
+from trimaran.serve.rules import forms_asked
+from trimaran.serve.settings import Limits
 
 pytest.importorskip("llguidance", reason="the extra constrain is not installed")
 
@@ -130,3 +133,22 @@ def test_a_form_beside_tools_is_the_other_choice(server):
 def test_a_form_that_can_not_be_kept_to_is_refused(server, fields, said):
     status, answer = chat(server, **fields)
     assert status == 400 and said in answer["error"]["message"], answer
+
+
+def test_every_form_has_one_name():
+    body = ChatRequest.model_validate(
+        {
+            "messages": [SUM],
+            "response_format": {"type": "json_object"},
+            "structured_outputs": {"json": {}, "regex": "a", "choice": ["a"], "grammar": "g", "json_object": True},
+            "guided_json": "{}",
+            "guided_regex": "a",
+            "guided_choice": ["a"],
+            "guided_grammar": "g",
+        }
+    )
+    asked = forms_asked(body)
+    assert len(asked) == 10 and None not in asked.values()
+    assert {kind for kind, _ in asked.values()} == {"schema", "regex", "choice", "grammar"}
+    assert all(json.loads(source) is not None for _, source in asked.values())
+    assert Limits().forms.depth < Limits().json_depth

@@ -42,7 +42,13 @@ FAULTS: dict[int | str, dict[str, Any]] = {
         503: "Shutting down",
     }.items()
 }
-STREAMED = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {
+    "type": "object",
+    "description": "One event of many. `data` is a chunk in OpenAI's form, as JSON, and in the last event [DONE].",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 def application(service: Service) -> FastAPI:

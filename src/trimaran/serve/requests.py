@@ -3,7 +3,7 @@
 What a value has to do with the others, with the model and with the limits of the server is looked at in `translate`.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -208,6 +208,12 @@ class Generation(Body):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
     guided_grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options without stream; set stream to true, or leave them out")
+        return self
 
 
 class ChatRequest(Generation):
