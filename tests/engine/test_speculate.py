@@ -1,5 +1,6 @@
 """Drafters over the paged memory: what is said stays plain generation's, what is remembered that of a fresh pass."""
 
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from trimaran.engine.choose import choose
 from trimaran.engine.paged import Segment
 from trimaran.engine.pages import Memory
 from trimaran.engine.row import open_rows
-from trimaran.engine.sampler import Sampling
+from trimaran.engine.sampler import Sampling, probabilities
 from trimaran.engine.speculate import MTP, Draft, DraftLength, LookUp, Need, Reading, SmallModel
 
 VOCAB = 5  # so that random drafts are right now and then
@@ -162,6 +163,50 @@ def test_rejection_stands_by_the_same_model_too():
     drafter = SmallModel(model, Memory(model, rows=8, pages=200, page=4), laws=True)
     outputs = Loop(model, drafter, memory, PROMPTS, SETTINGS, "rejection").run(lambda: 4)
     assert all(output.accepted == output.drafted for output in outputs[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mtp", "hybrid", "lookup"])
+def test_rejection_keeps_the_joint_law_with_real_drafters(name):
+    """20,000 rows of one prompt through the paged memory, against the exact law of their first 4 tokens."""
+    count, prompt, vocab = 20_000, [3, 4, 1, 0, 3, 4], 3
+    model = tiny("latent", vocab_size=VOCAB)
+    sampling = Sampling(
+        temperature=0.9, top_k=vocab, repetition_penalty=1.2, max_tokens=5, samples=2000, ignore_eos=True
+    )
+    law = joint_law(model, prompt, sampling)
+    counts = torch.zeros_like(law)
+    drafted = accepted = 0
+    for seed in range(count // sampling.samples):
+        memory = Memory(model, rows=2000, pages=8000, page=4, draft=5)
+        drafter = drafter_for(name, model, memory, laws=True)
+        if name == "hybrid":
+            drafter.memory, drafter.block = Memory(drafter.model, rows=4000, pages=16000, page=4), 4096
+        outputs = Loop(model, drafter, memory, [prompt], [sampling.replace(seed=seed)], "rejection").run(lambda: 3)
+        for output in outputs:
+            counts[tuple(output.tokens[:4])] += 1
+            drafted, accepted = drafted + output.drafted, accepted + output.accepted
+    assert 0.1 < accepted / drafted < 0.95
+    often = law * count >= 5
+    assert counts[law == 0].sum() == 0
+    observed = [*counts[often].tolist(), float(counts[~often].sum())]
+    expected = [*(law[often] * count).tolist(), float(law[~often].sum() * count)]
+    freedom = len(observed) - 1
+    z = (sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True) if e) - freedom) / (2 * freedom) ** 0.5
+    assert abs(z) < 4
+
+
+@torch.no_grad()
+def joint_law(model, prompt: list[int], sampling: Sampling) -> torch.Tensor:
+    """The exact law of the first 4 tokens, all texts of 3 read as one batch."""
+    law = torch.ones([VOCAB] * 4, dtype=torch.float64)
+    for depth in range(4):
+        texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=depth)), dtype=torch.long)
+        texts = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], 1)
+        seen = torch.zeros(len(texts), VOCAB, dtype=torch.bool).scatter(1, texts, True)
+        steps = probabilities(model(texts)[:, -1], [sampling] * len(texts), seen)
+        law *= steps.reshape([VOCAB] * (depth + 1) + [1] * (3 - depth))
+    return law
 
 
 @torch.no_grad()
