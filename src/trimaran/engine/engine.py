@@ -107,15 +107,15 @@ class Engine:
         return request.id
 
     def _stops(self, request: Request) -> tuple[int, ...]:
-        """Places of the prompt at which the cache remembers: ends of turns, every so often, and before the last token,
-        since one must be left to read for there to be something to choose from."""
-        last, every = len(request.prompt) - 1, self.settings.snapshot_every
-        if self.cache is None or (self.cache.states and not self.memory.total_snapshots):
-            # Samples take over a prompt that is read but for its last token, for then its pages are settled.
-            return (last,) if last and request.sampling.samples > 1 else ()
-        places = {turn for turn in request.turns if turn <= last} | {last}
-        if every and self.cache.sparse:
-            places |= set(range(every, last, every))
+        """Places of the prompt where reading pauses: where the cache keeps a state, and before the last token where
+        samples will go on from the rest. One token is always left to read, for there to be something to choose from.
+        """
+        last, every, places = len(request.prompt) - 1, self.settings.snapshot_every, set[int]()
+        if request.sampling.samples > 1:
+            places.add(last)
+        if self.cache is not None and self.cache.sparse and (self.memory.total_snapshots or not self.cache.states):
+            places |= {turn for turn in request.turns if turn <= last} | {last}
+            places |= set(range(every, last, every)) if every else set()
         return tuple(sorted(places - {0}))
 
     def abort(self, request: str) -> bool:
@@ -264,7 +264,9 @@ class Engine:
         for share in shares:
             job = share.job
             assert job.sequence is not None
-            if job.length in job.stops or job.row.output.finish is not None:
+            # Where no state has to be kept, a prompt is known as soon as it is read, and an answer when it ends.
+            whole = job.length == len(job.request.prompt) and not self.cache.sparse
+            if whole or job.length in job.stops or job.row.output.finish is not None:
                 self.cache.remember(job.text, job.sequence, job.hidden)
 
     def leave(self, pieces: list[Piece]) -> None:

@@ -82,8 +82,9 @@ class Stats:
 
     cached_pages, cached_snapshots: held by the prefix cache until they are needed; running texts may hold the same.
     prompt_tokens: of all prompts admitted; cached_tokens: those of them that the prefix cache spared;
-    recomputed_bytes: keys, values and states written again for tokens that had been read before (preempted rows, and
-    cached text beyond its last snapshot). tokens: chosen ones. passes: of the whole model.
+    recomputed_tokens, recomputed_bytes: tokens read although they had been read before (by rows that were preempted,
+    and those that the cache knew past its last state), and the keys and values written for them. tokens: chosen ones.
+    passes: of the whole model.
     """
 
     running: int

@@ -1,0 +1,87 @@
+"""Constraints and budgets in the engine: the tokens of plain generation under the same rules, drafted for or not."""
+
+import re
+
+import pytest
+
+from tests.engine.workloads import at_rest
+from tests.models import tiny
+from trimaran.engine.budget import Thinking
+from trimaran.engine.constrain import Constraints
+from trimaran.engine.engine import Engine
+from trimaran.engine.guide import Guides
+from trimaran.engine.plain import generate
+from trimaran.engine.request import EngineSettings, Request
+from trimaran.engine.sampler import Sampling
+from trimaran.errors import Refusal
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("drafter", ["none", "mtp", "lookup"])
+def test_rules_apply_inside_verification(tokenizer, drafter, cache):
+    model, constraints = tiny("latent", vocab_size=330), Constraints(tokenizer)
+    close = tokenizer.id_of("</think>")
+    word = constraints.regex("[ab]{2,9}")
+
+    def thinking(budget: int) -> Thinking:
+        return Thinking(tokenizer, budget, opened=True)
+
+    rules = [
+        None,
+        lambda: thinking(0),
+        lambda: thinking(5),
+        lambda: thinking(1),
+        lambda: word.guide(),
+        lambda: Guides(thinking(4), word.guide(opened=True)),
+    ]
+    prompts = [tokenizer.encode(f"the boat number {number}") for number in range(len(rules))]
+    each = [
+        Sampling(
+            temperature=[0, 1.0][number % 2],
+            max_tokens=24,
+            seed=number,
+            samples=1 + number % 3,
+            stop_ids=tokenizer.stop_ids,
+        )
+        for number in range(len(rules))
+    ]
+    expected = generate(model, prompts, each, tokenizer=tokenizer, guides=rules)
+    engine = Engine(
+        model,
+        tokenizer,
+        EngineSettings(rows=3, page=4, tokens_per_pass=20, drafter=drafter, draft=3, prefix_cache=cache),
+    )
+    asked = [Request(tuple(p), one, guide=rule) for p, one, rule in zip(prompts, each, rules, strict=True)]
+    for _ in range(2):
+        outputs = list(engine.generate(asked))
+        assert [(o.prompt, o.sample, o.tokens, o.text, o.finish) for o in outputs] == [
+            (o.prompt, o.sample, o.tokens, o.text, o.finish) for o in expected
+        ]
+    for output in outputs:
+        if output.prompt in (1, 2, 3):
+            assert output.tokens.index(close) <= {1: 0, 2: 5, 3: 1}[output.prompt]
+        if output.prompt == 4:
+            assert re.fullmatch("[ab]{2,9}", output.text)
+        if output.prompt == 5:
+            assert re.fullmatch("[ab]{2,9}", output.text.split("</think>")[1].strip())
+    at_rest(engine)
+
+
+def test_rules_that_contradict_one_another_end_their_own_request(tokenizer):
+    model, constraints = tiny("latent", vocab_size=330), Constraints(tokenizer)
+    both = lambda: Guides(constraints.choice(["a"]).guide(), constraints.choice(["b"]).guide())  # noqa: E731
+    engine = Engine(model, tokenizer, EngineSettings(rows=2, page=4))
+    bad = Request((40, 41), Sampling(max_tokens=5, seed=1), guide=both)
+    good = Request((40, 42), Sampling(max_tokens=5, seed=1))
+    engine.submit(bad)
+    engine.submit(good)
+    pieces = []
+    while not engine.idle:
+        pieces += engine.step()
+    problem = next(piece.error for piece in pieces if piece.request == bad.id)
+    assert isinstance(problem, Refusal) and str(problem).startswith(
+        "no token that the row's rules allow after 0 of its"
+    )
+    said = [piece.output.tokens for piece in pieces if piece.output is not None]
+    assert said == [output.tokens for output in generate(model, [good.prompt], good.sampling, tokenizer=tokenizer)]
+    at_rest(engine)
