@@ -24,8 +24,12 @@ from torch import Tensor
 
 from trimaran.ops.attention import attention, merge, partial_attention, worth_sharing
 
-# Bytes of keys and values that could be read in the time that one more attention call takes to start.
-LAUNCH_BYTES = {"cpu": 1 << 17, "cuda": 1 << 25}
+# Bytes of keys and values that could be read in the time that one more attention call takes to start. On a CPU as
+# measured on one Zen 4 core: 50 us per call, 12 GB/s.
+LAUNCH_BYTES = {"cpu": 1 << 19, "cuda": 1 << 25}
+# What a gathered key costs beside one read where it lies: it is read, written and read again, and padded batches are
+# large enough to leave the cache.
+GATHERED, PADDED = 3, 5
 SHORT = 64  # queries per row up to which rows are worth sharing, padding, and reading by plain products
 
 
@@ -70,69 +74,70 @@ class Part:
     causal: bool = False
     merged: bool = False
 
+    def operands(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its queries, keys and values, with an axis of rows."""
+        q_BTHK, k_BSGK, v_BSGK = q_NHK[self.queries].unflatten(0, (self.rows, -1)), k_SGK[self.keys], v_SGK[self.keys]
+        return (q_BTHK, k_BSGK, v_BSGK) if k_BSGK.ndim == 4 else (q_BTHK, k_BSGK[None], v_BSGK[None])
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All parts of a pass; merged: the queries that stand in several of them."""
+    """own: for each query the one part that ends with its own key; common: what several rows, or few, read besides."""
 
-    parts: list[Part]
-    merged: slice | Tensor | None
+    own: list[Part]
+    common: list[Part]
 
     def read(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> tuple[Tensor, int]:
         """Attention of all queries over the pool [N, H, K], and the bytes of keys and values that were read."""
-        out_NHK, count = torch.empty_like(q_NHK), 0
-        if self.merged is not None:
-            wide = torch.promote_types(q_NHK.dtype, torch.float32)
-            sum_NHK = torch.zeros_like(q_NHK, dtype=wide)
-            lse_NH = torch.full(q_NHK.shape[:2], -torch.inf, dtype=wide, device=q_NHK.device)
-        for part in self.parts:
-            at = part.queries
-            q_BTHK, k_BSGK, v_BSGK = q_NHK[at].unflatten(0, (part.rows, -1)), k_SGK[part.keys], v_SGK[part.keys]
-            if k_BSGK.ndim == 3:
-                k_BSGK, v_BSGK = k_BSGK[None], v_BSGK[None]
+        dtype, count = q_NHK.dtype, 0
+        wide = torch.promote_types(dtype, torch.float32) if self.common else dtype
+        out_NHK = torch.empty_like(q_NHK, dtype=wide)
+        lse_NH = q_NHK.new_empty(q_NHK.shape[:2], dtype=wide)
+        for part in self.own:
+            at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
             count += k_BSGK.nbytes + v_BSGK.nbytes
-            if not part.merged and q_BTHK.shape[1] > SHORT:
-                out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
-                out_NHK[at] = out_BTHK.flatten(0, 1)
-                continue
-            out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
-            more_NHK, more_NH = out_BTHK.flatten(0, 1), lse_BTH.flatten(0, 1)
-            if part.merged:
-                sum_NHK[at], lse_NH[at] = merge(sum_NHK[at], lse_NH[at], more_NHK, more_NH)
+            if part.merged or q_BTHK.shape[1] <= SHORT:
+                out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+                if part.merged:
+                    lse_NH[at] = lse_BTH.flatten(0, 1)
             else:
-                out_NHK[at] = more_NHK.to(out_NHK.dtype)
-        if self.merged is not None:
-            out_NHK[self.merged] = sum_NHK[self.merged].to(out_NHK.dtype)
-        return out_NHK, count
+                out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+            out_NHK[at] = out_BTHK.flatten(0, 1).to(wide)
+        for part in self.common:
+            at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
+            count += k_BSGK.nbytes + v_BSGK.nbytes
+            more_BTHK, more_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, None, False, scale)
+            out_NHK[at], lse_NH[at] = merge(out_NHK[at], lse_NH[at], more_BTHK.flatten(0, 1), more_BTH.flatten(0, 1))
+        return out_NHK.to(dtype), count
 
 
 def plan(spans: Sequence[Span], window: int | None, rules: Rules) -> Plan:
     """The parts of one pass, for attention over everything before or over a sliding window."""
-    parts: list[Part] = []
+    own: list[Part] = []
+    common: list[Part] = []
     own_from = [0 if window is None else max(0, span.before - window + 1) for span in spans]  # keys, not places
-    behind: set[int] = set()  # rows that look at other parts than their own
+    merged: set[int] = set()  # rows that look at other parts than their own
     if window is None:
         for rows, first, end in shared_runs(spans, rules):
             keys = places(spans[rows[0]].pages, first, end, rules)
-            parts.append(Part(queries([spans[row] for row in rows], rules), 1, keys, merged=True))
-            behind.update(rows)
-            own_from = [end if row in rows else own for row, own in enumerate(own_from)]
+            common.append(Part(queries([spans[row] for row in rows], rules), 1, keys))
+            merged.update(rows)
+            own_from = [end if row in rows else key for row, key in enumerate(own_from)]
         for row, span in enumerate(spans):
             for end in leading_runs(span, own_from[row], rules):
-                keys = places(span.pages, own_from[row], end, rules)
-                parts.append(Part(queries([span], rules), 1, keys, merged=True))
-                behind.add(row)
+                common.append(Part(queries([span], rules), 1, places(span.pages, own_from[row], end, rules)))
+                merged.add(row)
                 own_from[row] = end
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for row, span in enumerate(spans):
-        groups[span.count, row in behind].append(row)
-    for (_, merged), rows in groups.items():
-        own = [(spans[row], own_from[row]) for row in rows]
-        if pays_to_pad(own, rules):
-            parts.append(padded(own, window, merged, rules))
+        groups[span.count, row in merged].append(row)
+    for (_, also), rows in groups.items():
+        ends = [(spans[row], own_from[row]) for row in rows]
+        if pays_to_pad(ends, rules):
+            own.append(padded(ends, window, also, rules))
         else:
-            parts += [single(span, first, window, merged, rules) for span, first in own]
-    return Plan(parts, queries([spans[row] for row in sorted(behind)], rules) if behind else None)
+            own += [single(span, first, window, also, rules) for span, first in ends]
+    return Plan(own, common)
 
 
 def shared_runs(spans: Sequence[Span], rules: Rules) -> Iterator[tuple[list[int], int, int]]:
@@ -220,8 +225,8 @@ def pays_to_pad(own: Sequence[tuple[Span, int]], rules: Rules) -> bool:
         return rules.ragged == "pad" and len(own) > 1
     lengths = [span.before + span.count - first for span, first in own]
     gathered = [isinstance(places(span.pages, first, span.before + span.count, rules), Tensor) for span, first in own]
-    apart = sum(length * (3 if copied else 1) + rules.launch_keys for length, copied in zip(lengths, gathered))
-    return 3 * max(lengths) * len(own) + 2 * rules.launch_keys < apart
+    apart = sum(length * (GATHERED if copied else 1) + rules.launch_keys for length, copied in zip(lengths, gathered))
+    return PADDED * max(lengths) * len(own) + rules.launch_keys < apart
 
 
 def single(span: Span, first: int, window: int | None, merged: bool, rules: Rules) -> Part:
