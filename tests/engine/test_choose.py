@@ -134,7 +134,7 @@ def z_score(texts: list[list[int]], law: torch.Tensor) -> float:
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["all rules", pytest.param("points", marks=pytest.mark.slow)])
 def test_rejection_keeps_the_joint_law_of_four_tokens(name):
     texts, accepted = speculate(CASES[name], "rejection")
     assert accepted > SEQUENCES / 2
