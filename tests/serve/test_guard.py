@@ -66,6 +66,8 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
 
 
 def test_static_files_are_open_and_end_at_their_folder(locked):
+    status, headers, page = call(locked, "GET", "/")
+    assert status == 200 and headers["content-type"].startswith("text/html") and b"<script" in page
     assert call(locked, "GET", "/static/page.css")[0] == 200
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/..%2fapp.py", "/static//etc/passwd"):
         assert call(locked, "GET", path)[0] in (401, 404)

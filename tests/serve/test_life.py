@@ -4,18 +4,21 @@ import asyncio
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.serve.conftest import SUM, call, chat, events, post
 from trimaran.errors import Refusal
+from trimaran.serve import stream
 from trimaran.serve.main import main, running
 from trimaran.serve.stream import Gone, merged, unless_gone
 
@@ -73,17 +76,17 @@ def soon(truth, seconds: float = 5.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("moment", ["at once", "first tokens", "in the middle"])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_a_client_that_leaves_gives_everything_back(bare, stream, moment, samples):
+def test_a_client_that_leaves_gives_everything_back(bare, streamed, moment, samples):
     before, ended = settled(bare), bare.service.metrics.ended
     aborted = ended.get("abort", 0)
-    line = begun(bare, {**LONG, "max_tokens": 3000, "stream": stream, "n": samples})
+    line = begun(bare, {**LONG, "max_tokens": 3000, "stream": streamed, "n": samples})
     if moment != "at once":
         tokens = before.tokens + (1 if moment == "first tokens" else 60 * samples)
         soon(lambda: bare.service.runner.engine.stats().tokens >= tokens)
-        if stream:
+        if streamed:
             heard(line, 500)
     leave(line)
     after = settled(bare)
@@ -91,6 +94,34 @@ def test_a_client_that_leaves_gives_everything_back(bare, stream, moment, sample
     if moment != "at once":
         soon(lambda: ended.get("abort", 0) == aborted + samples)
     assert chat(bare)[1]["choices"][0]["message"]["content"] == "Four."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["none", "mtp"])
+def test_hundreds_that_leave_change_nothing_for_those_that_stay(folder, drafter):
+    """Sixteen clients at once, most of which leave at a random moment."""
+    options = ["engine.rows=4", "engine.page=16", "engine.prefix_cache=false", f"engine.drafter={drafter}"]
+    with running(folder, ["serve.port=0", *options]) as server:
+        stays = {"temperature": 1.3, "max_tokens": 30}
+        alone = [chat(server, seed=seed, **stays)[1]["choices"] for seed in range(8)]
+        before = settled(server)
+
+        def client(number: int) -> None:
+            moments = random.Random(number)
+            for turn in range(14):
+                if turn % 7 == 6:
+                    seed = moments.randrange(8)
+                    assert chat(server, seed=seed, **stays)[1]["choices"] == alone[seed]
+                    continue
+                line = begun(server, {**LONG, "stream": moments.random() < 0.5, "n": moments.choice([1, 1, 3])})
+                time.sleep(moments.choice([0, 0.01, 0.1, 0.4]))
+                leave(line)
+
+        with ThreadPoolExecutor(16) as clients:
+            list(clients.map(client, range(16)))
+        after = settled(server, 20)
+        assert (after.free_slots, after.free_pages) == (before.free_slots, before.free_pages)
+        assert chat(server)[1]["choices"][0]["message"]["content"] == "Four."
 
 
 def test_a_client_that_leaves_while_it_speaks_is_forgotten(server):
@@ -248,6 +279,21 @@ def test_the_metrics_count_what_happened(server):
     assert sampled <= described and not re.search(r"\n\n", text)
 
 
+def test_a_stream_that_has_to_wait_shows_signs_of_life(server, monkeypatch):
+    monkeypatch.setattr(stream, "BREATH", 0.05)
+    engine = server.service.runner.engine
+    choose = engine.choose
+    monkeypatch.setattr(engine, "choose", lambda *given: time.sleep(0.12) or choose(*given))
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    line, answer = begun(server, {"messages": [SUM], "temperature": 0, "stream": True, **off}), b""
+    with line:
+        while b"[DONE]" not in answer:
+            answer += line.recv(65536)
+    assert answer.count(b": waiting\n\n") >= 2
+    events_ = [json.loads(found) for found in re.findall(rb"data: (\{.*\})\n", answer)]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events_) == "It is four."
+
+
 def test_work_is_cancelled_when_its_client_leaves():
     ended = []
 
@@ -272,7 +318,7 @@ def test_work_is_cancelled_when_its_client_leaves():
 def test_merged_streams_are_closed_together():
     closed = []
 
-    async def stream(number, fails):
+    async def counting(number, fails):
         try:
             for _ in range(2):
                 yield number
@@ -285,7 +331,7 @@ def test_merged_streams_are_closed_together():
 
     async def scene():
         with pytest.raises(ValueError, match="1"):
-            async for _ in merged([stream(0, False), stream(1, True), stream(2, False)]):
+            async for _ in merged([counting(0, False), counting(1, True), counting(2, False)]):
                 pass
 
     asyncio.run(scene())

@@ -20,8 +20,6 @@ GAUGES = {
     "total_snapshots": "Snapshots that can be held",
     "cached_pages": "Pages that the prefix cache holds, shared with running texts or not",
     "cached_snapshots": "Snapshots that the prefix cache holds",
-    "cached_pages": "Pages that the prefix cache holds",
-    "cached_snapshots": "Snapshots that the prefix cache holds",
     "hit_rate": "Share of prompt tokens that the prefix cache spared",
 }
 COUNTERS = {

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,10 @@ from trimaran.serve.problem import Problem, refused
 from trimaran.serve.replies import Reply
 
 DONE = b"data: [DONE]\n\n"
+BREATH = 15.0  # seconds without an event after which a comment tells proxies that the stream lives
+WAITING = b": waiting\n\n"
+
+Item = TypeVar("Item")
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy is to hold events back
 
 
@@ -71,9 +75,9 @@ async def events(
     seconds: after which the rest is given up.
     """
     try:
-        async with contextlib.aclosing(replies):
-            async for reply in within(replies, seconds):
-                yield reply.event()
+        async with contextlib.aclosing(within(replies, seconds)) as timely:
+            async for reply in timely:
+                yield WAITING if reply is None else reply.event()
     except Exception as error:  # the boundary: whatever failed, the client is told, and the log has the rest
         problem = problem_of(error, seconds)
         failed(problem)
@@ -83,17 +87,32 @@ async def events(
     yield DONE
 
 
-async def within(replies: AsyncGenerator[Reply, None], seconds: float) -> AsyncIterator[Reply]:
-    """The replies, as long as they come before `seconds` have passed; then TimeoutError."""
+async def within(replies: AsyncGenerator[Reply, None], seconds: float) -> AsyncGenerator[Reply | None, None]:
+    """The replies, as long as they come before `seconds` have passed; then TimeoutError. None: still waiting."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    while True:
-        async with asyncio.timeout_at(deadline):
-            try:
-                reply = await anext(replies)
-            except StopAsyncIteration:
-                return
-        yield reply
+    following = asyncio.ensure_future(following_of(replies))
+    try:
+        while True:
+            await asyncio.wait({following}, timeout=min(BREATH, deadline - loop.time()))
+            if following.done():
+                if (reply := following.result()) is None:
+                    return
+                yield reply
+                following = asyncio.ensure_future(following_of(replies))
+            elif loop.time() < deadline:
+                yield None
+            else:
+                raise TimeoutError
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await replies.aclose()
+
+
+async def following_of(items: AsyncIterator[Item]) -> Item | None:
+    """The next of what comes; None after the last."""
+    return await anext(items, None)
 
 
 def problem_of(error: Exception, seconds: float) -> Problem:
@@ -122,7 +141,7 @@ async def merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tupl
     """(place of its stream, piece), as they come. Closing this closes every stream."""
 
     def following(number: int) -> asyncio.Task[Piece | None]:
-        return asyncio.ensure_future(following_piece(streams[number]))
+        return asyncio.ensure_future(following_of(streams[number]))
 
     waiting = {following(number): number for number in range(len(streams))}
     try:
@@ -139,10 +158,6 @@ async def merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tupl
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await closing(stream)
-
-
-async def following_piece(stream: AsyncIterator[Piece]) -> Piece | None:
-    return await anext(stream, None)
 
 
 async def closing(stream: AsyncIterator[Piece]) -> None:
