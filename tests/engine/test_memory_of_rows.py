@@ -45,12 +45,9 @@ def check_rows(engine: Engine) -> int:
     return checked
 
 
-@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("drafter", ["none", "mtp", "lookup"])
-@pytest.mark.parametrize("kind", ["latent", "everything"])
-def test_rows_of_random_work(kind, drafter, seed):
-    dice = random.Random(f"{kind} {drafter} {seed}")
-    model = small(kind, 5)
+def test_rows_of_random_work(drafter):
+    dice, model = random.Random(drafter), small("everything", 5)
     chosen = EngineSettings(
         rows=4,
         page=dice.choice([2, 4, 16]),
@@ -66,7 +63,7 @@ def test_rows_of_random_work(kind, drafter, seed):
     checked = 0
     while not engine.idle:
         engine.step()
-        if dice.random() < 0.4:
+        if dice.random() < 0.3:
             checked += check_rows(engine)
     assert checked > 10
 
@@ -75,7 +72,7 @@ def test_rows_of_random_work(kind, drafter, seed):
 def test_drafts_after_a_hit_are_those_of_a_cold_start(copier, pattern_prompts, drafter):
     """A cache that kept a wrong state would not change a token, but the drafts would get worse."""
     engine = Engine(copier, settings=EngineSettings(rows=1, page=4, drafter=drafter, draft=3))
-    for prompt in pattern_prompts():
+    for prompt in pattern_prompts()[::2]:
         one = Request(tuple(prompt), Sampling(temperature=0, max_tokens=30, seed=1, ignore_eos=True))
         cold, warm = next(iter(engine.generate([one]))), next(iter(engine.generate([one])))
         assert warm.cached == len(prompt) - 1 and warm.tokens == cold.tokens

@@ -16,8 +16,7 @@ from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("drafter", ["none", "mtp", "lookup"])
+@pytest.mark.parametrize(("drafter", "cache"), [("none", True), ("mtp", True), ("mtp", False), ("lookup", True)])
 def test_rules_apply_inside_verification(tokenizer, drafter, cache):
     model, constraints = tiny("latent", vocab_size=330), Constraints(tokenizer)
     close = tokenizer.id_of("</think>")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tests.models import KINDS, tiny
+from tests.models import tiny
 from trimaran.engine.engine import Engine
 from trimaran.engine.pages import Unit
 from trimaran.engine.plain import generate
@@ -13,8 +13,6 @@ from trimaran.engine.request import EngineSettings, Request
 from trimaran.engine.row import Output
 from trimaran.engine.sampler import Sampling
 from trimaran.model.hybrid import HybridModel
-
-DRAFTING = [kind for kind, sizes in KINDS.items() if "mtp_pattern" in sizes]
 
 
 def requests(dice: random.Random, vocabulary: int, count: int) -> list[Request]:
