@@ -352,7 +352,7 @@ def prefix(asked: Asked) -> Iterator[dict[str, Any]]:
                 before = engine.stats()
                 said = first_token(engine, second, warm, turns)
                 after = engine.stats()
-                without = Engine(model, settings=EngineSettings(rows=1, prefix_cache=False))
+                without = Engine(model, settings=settings.replace(prefix_cache=False))
                 agreement(model, [second], [said], [first_token(without, second, Times())])
                 spared += after.cached_tokens - before.cached_tokens
                 recomputed += after.recomputed_tokens - before.recomputed_tokens
@@ -407,7 +407,7 @@ def sharing(asked: Asked) -> Iterator[dict[str, Any]]:
 def one_sharing(model: HybridModel, prompt: tuple[int, ...], rows: int, passes: int) -> dict[str, Any]:
     """One number of samples; both engines take turns pass by pass."""
     sampling = Sampling(temperature=1.0, samples=rows, seed=0, max_tokens=WARM + passes + 1, ignore_eos=True)
-    settings = EngineSettings(rows=rows, prefix_cache=False)
+    settings = EngineSettings(rows=rows + 1, prefix_cache=False)  # one more, for memory goes by rows
     engines = {"shared": Engine(model, settings=settings)}
     engines["dense"] = Engine(model, settings=settings.replace(shared_prefix=False))
     said: dict[str, list[list[int]]] = {name: [[] for _ in range(rows)] for name in engines}
