@@ -104,10 +104,10 @@ def merge(out_BTHK: Tensor, lse_BTH: Tensor, more_BTHK: Tensor, more_BTH: Tensor
 def worth_sharing(rows: int, keys: int, launch_keys: float) -> bool:
     """Whether `rows` rows should read `keys` common keys once (bifurcated attention, arXiv 2403.08845).
 
-    It saves reading them rows - 1 times, and costs one more product and its merge: about two calls. launch_keys: what
+    It saves reading them rows - 1 times, and costs one more call, which merges its result too. launch_keys: what
     starting a call costs, in keys that could be read meanwhile.
     """
-    return (rows - 1) * keys > 2 * launch_keys
+    return (rows - 1) * keys > launch_keys
 
 
 class CPUTraining(torch.autograd.Function):
