@@ -139,6 +139,13 @@ def turned_away(busy: Busy) -> Problem:
 
 async def merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """(place of its stream, piece), as they come. Closing this closes every stream."""
+    if len(streams) == 1:  # as nearly always, and then without a task for every piece
+        try:
+            async for only in streams[0]:
+                yield 0, only
+        finally:
+            await closing(streams[0])
+        return
 
     def following(number: int) -> asyncio.Task[Piece | None]:
         return asyncio.ensure_future(following_of(streams[number]))
