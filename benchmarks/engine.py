@@ -82,8 +82,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(result), figsize=(4.4 * len(result), 3.8), squeeze=False)
-    for axis, (name, case) in zip(axes[0], result.items(), strict=True):
+    across = min(3, len(result))
+    down = -(-len(result) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.8 * down), squeeze=False)
+    for axis in axes.flat[len(result) :]:
+        axis.set_axis_off()
+    for axis, (name, case) in zip(axes.flat, result.items(), strict=False):
         axis.set_title(name)
         PANELS[name](axis, [row for row in case["rows"] if "red" not in row])
     figure.tight_layout()
@@ -100,7 +104,8 @@ def bars(axis: Any, names: list[str], values: list[float], ylabel: str) -> None:
 def curves(axis: Any, x: list[float], lines: dict[str, list[float]], xlabel: str) -> None:
     for name, values in lines.items():
         axis.plot(x, values, marker="o", markersize=3, label=name)
-    axis.set(xlabel=xlabel, ylabel="ms per pass", ylim=(0, None))
+    top = 1.1 * max((value for values in lines.values() for value in values), default=1)
+    axis.set(xlabel=xlabel, ylabel="ms per pass", ylim=(0, top))
     axis.legend(frameon=False)
 
 
@@ -122,9 +127,20 @@ def sharing_panel(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def speculation_panel(axis: Any, rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if row["drafter"] != "none"]
-    names = [f"{row['drafter']}, b{row['batch']}, T={row['temperature']:g}" for row in rows]
-    bars(axis, names, [row["ratio"] for row in rows], "speed, no drafts = 1")
+    names = [name for name in dict.fromkeys(row["drafter"] for row in rows) if name != "none"]
+    for batch, temperature in dict.fromkeys((row["batch"], row["temperature"]) for row in rows):
+        here = [row for row in rows if (row["batch"], row["temperature"]) == (batch, temperature)]
+        ratio = {row["drafter"]: row["ratio"] for row in here}
+        known = [name for name in names if name in ratio]
+        label = f"batch {batch}, temperature {temperature:g}"
+        axis.plot(
+            [names.index(name) for name in known], [ratio[name] for name in known], "o", markersize=5, label=label
+        )
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+    axis.set_ylabel("speed, no drafts = 1")
+    axis.set_ylim(0, None)
+    axis.legend(frameon=False, fontsize=7)
 
 
 def context_panel(axis: Any, rows: list[dict[str, Any]]) -> None:

@@ -423,7 +423,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         rise = [(x - sum(ends) / 2) * line["slope_mib_per_min"] / 60 for x in ends]
         label = f"{line['slope_mib_per_min']:+.2f} MiB per minute"
         axis.plot(ends, [line["median_mib"] + one for one in rise], linestyle="--", label=label)
-    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, None))
+    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, 1.2 * max(size)))
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
