@@ -21,6 +21,7 @@ OPEN_BELOW = "/static/"
 PATIENCE = 64 * 2**20  # bytes of a body that is too long before the connection is cut
 CLOSE = {"connection": "close"}
 HEADERS = {
+    "cache-control": "no-cache",  # or a browser mixes the page's files of two versions
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
