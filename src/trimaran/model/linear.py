@@ -36,13 +36,13 @@ class StackedLinear(nn.Module):
         self.count, self.in_features, self.out_features = count, in_features, out_features
         self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
 
-    def forward(self, x: Tensor, plan: experts.Dispatch) -> Tensor:
-        """Rows in expert order [S, in] -> [S, out]."""
+    def forward(self, x: Tensor, plan: experts.Plan) -> Tensor:
+        """Rows in the plan's order [S, in] -> [S, out]."""
         weight: Tensor = self.weight
         if torch.is_autocast_enabled(x.device.type):  # the grouped product does not know autocast
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        return experts.grouped_linear(x, weight, plan.count_E)
+        return experts.through_experts(x, weight, plan)
 
     def extra_repr(self) -> str:
         return f"{self.count} x ({self.in_features} -> {self.out_features})"

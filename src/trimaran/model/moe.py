@@ -79,14 +79,13 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
         count, hidden = config.n_routed_experts, config.moe_intermediate_size
-        self.count = count
+        self.count, self.numbers = count, (3 if config.ffn == "swiglu" else 2) * width * hidden
         self.up_proj = StackedLinear(count, width, hidden)
         self.gate_proj = StackedLinear(count, width, hidden) if config.ffn == "swiglu" else None
         self.down_proj = StackedLinear(count, hidden, width)
 
     def forward(self, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
-        align = experts.alignment(ids_MK.numel(), self.count)
-        plan = experts.dispatch(ids_MK, weights_MK, self.count, align)
+        plan = experts.plan(ids_MK, weights_MK, self.count, self.numbers)
         routed = experts.to_experts(x_MI, plan)
         gate = None if self.gate_proj is None else self.gate_proj(routed, plan)
         out = self.down_proj(activate(self.up_proj(routed, plan), gate), plan)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from trimaran.ops.numbers import at_least_fp32
 
+CALL = 100_000  # multiply-adds that a CPU's core could do while one call starts
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -55,14 +57,57 @@ def dispatch(ids_MK: Tensor, weights_MK: Tensor, experts: int, align: int = 1) -
     return Dispatch(token_S, slot_MK, weights_MK, aligned_E)
 
 
-def to_experts(x_MI: Tensor, plan: Dispatch) -> Tensor:
-    """Rows in expert order [S, I]."""
+@dataclass(frozen=True)
+class Everyone:
+    """Every token goes through every expert; weight_ME is 0 where that was not chosen. Without gradient.
+
+    For few tokens and small experts: finding out who goes where takes longer than the products that it spares."""
+
+    weight_ME: Tensor
+
+
+Plan = Dispatch | Everyone
+
+
+def worth_everyone(tokens: int, k: int, experts: int, numbers: int) -> bool:
+    """Whether all `experts` of `numbers` weights each should read all tokens, of which each has chosen k.
+
+    In multiply-adds: a weight that is only read costs about as much as four, a call as much as CALL; ordering takes
+    about twenty calls, each expert that is used three.
+    """
+    spare = (experts * max(tokens, 4) - tokens * k) * numbers
+    return spare < CALL * (20 + 3 * min(experts, tokens * k))
+
+
+def plan(ids_MK: Tensor, weights_MK: Tensor, experts: int, numbers: int) -> Plan:
+    """How tokens get to the experts that they have chosen, whose maps have `numbers` weights each."""
+    tokens, k = ids_MK.shape
+    if not torch.is_grad_enabled() and ids_MK.device.type == "cpu" and worth_everyone(tokens, k, experts, numbers):
+        return Everyone(weights_MK.new_zeros(tokens, experts).scatter_(1, ids_MK, weights_MK))
+    return dispatch(ids_MK, weights_MK, experts, alignment(ids_MK.numel(), experts))
+
+
+def to_experts(x_MI: Tensor, plan: Plan) -> Tensor:
+    """Rows in expert order [S, I], or as they are where all go to everyone."""
+    if isinstance(plan, Everyone):
+        return x_MI
+    if not torch.is_grad_enabled():
+        return x_MI.index_select(0, plan.token_S)
     return ToExperts.apply(x_MI, plan.token_S, plan.slot_MK)
 
 
-def from_experts(y_SO: Tensor, plan: Dispatch) -> Tensor:
+def through_experts(x: Tensor, weight_EOI: Tensor, plan: Plan) -> Tensor:
+    """Each expert's rows times its own weight: [S, I] -> [S, O]; for everyone [M, I] or [E, M, I] -> [E, M, O]."""
+    if isinstance(plan, Everyone):
+        return torch.matmul(x, weight_EOI.transpose(1, 2))
+    return grouped_linear(x, weight_EOI, plan.count_E)
+
+
+def from_experts(y: Tensor, plan: Plan) -> Tensor:
     """sum_k weight * row of each token's choices, in the weights' dtype: [tokens, O]."""
-    return FromExperts.apply(y_SO, plan.slot_MK, plan.weight_MK)
+    if isinstance(plan, Everyone):
+        return (y * plan.weight_ME.t()[..., None]).sum(0)
+    return FromExperts.apply(y, plan.slot_MK, plan.weight_MK)
 
 
 class ToExperts(torch.autograd.Function):
