@@ -22,15 +22,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimaran.ops.attention import attention, merge, partial_attention, worth_sharing
+from trimaran.ops.attention import attention, merge, partial_attention, plain_products, worth_sharing
 
 # Bytes of keys and values that could be read in the time that one more attention call takes to start. On a CPU as
-# measured on one Zen 4 core: 50 us per call, 12 GB/s.
-LAUNCH_BYTES = {"cpu": 1 << 19, "cuda": 1 << 25}
+# measured on one Zen 4 core: 20 us per call, 14 GB/s.
+LAUNCH_BYTES = {"cpu": 1 << 18, "cuda": 1 << 25}
 # What a gathered key costs beside one read where it lies: it is read, written and read again, and padded batches are
 # large enough to leave the cache.
-GATHERED, PADDED = 3, 5
-SHORT = 64  # queries per row up to which rows are worth sharing, padding, and reading by plain products
+GATHERED, PADDED = 2, 2.5
+SHORT = 64  # queries per row up to which rows are worth sharing and padding
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,14 @@ class Part:
 
     def operands(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Its queries, keys and values, with an axis of rows."""
-        q_BTHK, k_BSGK, v_BSGK = q_NHK[self.queries].unflatten(0, (self.rows, -1)), k_SGK[self.keys], v_SGK[self.keys]
+        q_BTHK = q_NHK[self.queries].unflatten(0, (self.rows, -1))
+        k_BSGK, v_BSGK = (taken(t, self.keys) for t in (k_SGK, v_SGK))
         return (q_BTHK, k_BSGK, v_BSGK) if k_BSGK.ndim == 4 else (q_BTHK, k_BSGK[None], v_BSGK[None])
+
+
+def taken(x_SGK: Tensor, at: slice | Tensor) -> Tensor:
+    """x_SGK[at]; for a tensor of places several times quicker on a CPU than indexing with it."""
+    return x_SGK[at] if isinstance(at, slice) else x_SGK.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ class Plan:
 
     def read(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> tuple[Tensor, int]:
         """Attention of all queries over the pool [N, H, K], and the bytes of keys and values that were read."""
+        if len(self.own) == 1 and not self.common and isinstance(self.own[0].queries, slice):  # nothing to put together
+            q_BTHK, k_BSGK, v_BSGK = self.own[0].operands(q_NHK, k_SGK, v_SGK)
+            return look(self.own[0], q_BTHK, k_BSGK, v_BSGK, scale).flatten(0, 1), k_BSGK.nbytes + v_BSGK.nbytes
         dtype, count = q_NHK.dtype, 0
         wide = torch.promote_types(dtype, torch.float32) if self.common else dtype
         out_NHK = torch.empty_like(q_NHK, dtype=wide)
@@ -96,12 +105,11 @@ class Plan:
         for part in self.own:
             at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
             count += k_BSGK.nbytes + v_BSGK.nbytes
-            if part.merged or q_BTHK.shape[1] <= SHORT:
+            if part.merged:
                 out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
-                if part.merged:
-                    lse_NH[at] = lse_BTH.flatten(0, 1)
+                lse_NH[at] = lse_BTH.flatten(0, 1)
             else:
-                out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+                out_BTHK = look(part, q_BTHK, k_BSGK, v_BSGK, scale)
             out_NHK[at] = out_BTHK.flatten(0, 1).to(wide)
         for part in self.common:
             at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
@@ -109,6 +117,13 @@ class Plan:
             more_BTHK, more_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, None, False, scale)
             out_NHK[at], lse_NH[at] = merge(out_NHK[at], lse_NH[at], more_BTHK.flatten(0, 1), more_BTH.flatten(0, 1))
         return out_NHK.to(dtype), count
+
+
+def look(part: Part, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
+    """Attention of queries that look at this part only [B, T, H, K]."""
+    if plain_products(q_BTHK, k_BSGK):
+        return partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)[0].to(q_BTHK.dtype)
+    return attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
 
 
 def plan(spans: Sequence[Span], window: int | None, rules: Rules) -> Plan:
@@ -208,6 +223,12 @@ def places(pages: list[int], first: int, end: int, rules: Rules) -> slice | Tens
     return every.flatten()[offset : offset + end - first].to(rules.device)
 
 
+def adjoining(span: Span, first: int, rules: Rules) -> bool:
+    """Whether the span's keys from `first` on lie in pages that are neighbours."""
+    last = span.before + span.count + rules.shift - 1
+    return neighbours(span.pages[(first + rules.shift) // rules.page : last // rules.page + 1])
+
+
 def neighbours(run: list[int]) -> bool:
     return run[-1] - run[0] == len(run) - 1 and run == list(range(run[0], run[-1] + 1))
 
@@ -224,7 +245,7 @@ def pays_to_pad(own: Sequence[tuple[Span, int]], rules: Rules) -> bool:
     if rules.ragged != "auto" or len(own) == 1 or own[0][0].count > SHORT:
         return rules.ragged == "pad" and len(own) > 1
     lengths = [span.before + span.count - first for span, first in own]
-    gathered = [isinstance(places(span.pages, first, span.before + span.count, rules), Tensor) for span, first in own]
+    gathered = [not adjoining(span, first, rules) for span, first in own]
     apart = sum(length * (GATHERED if copied else 1) + rules.launch_keys for length, copied in zip(lengths, gathered))
     return PADDED * max(lengths) * len(own) + rules.launch_keys < apart
 
@@ -238,26 +259,27 @@ def single(span: Span, first: int, window: int | None, merged: bool, rules: Rule
         return Part(at, 1, keys, merged=merged)
     if first == span.before and (window is None or window >= span.count):
         return Part(at, 1, keys, causal=True, merged=merged)
-    query_T1 = torch.arange(span.before, end, device=rules.device)[:, None]
-    return Part(at, 1, keys, visible(query_T1, torch.arange(first, end, device=rules.device), window), merged=merged)
+    mask_TS = torch.ones(span.count, end - first, dtype=torch.bool, device=rules.device).tril_(span.before - first)
+    if window is not None:
+        mask_TS.triu_(span.before - first - window + 1)
+    return Part(at, 1, keys, mask_TS, merged=merged)
 
 
 def padded(own: Sequence[tuple[Span, int]], window: int | None, merged: bool, rules: Rules) -> Part:
     """Rows of equally many queries over their own keys, padded to the longest."""
     count = own[0][0].count
     longest = max(span.before + count - first for span, first in own)
-    rows = []
-    for span, first in own:
-        found = places(span.pages, first, span.before + count, rules)
-        if isinstance(found, slice):
-            found = torch.arange(found.start, found.stop, device=rules.device)
-        # Padding repeats the row's first key: a masked key still meets its value as 0 * v, and 0 * NaN is NaN.
-        rows.append(torch.cat([found, found[:1].expand(longest - len(found))]))
-    first_R11 = torch.tensor([first for _, first in own], device=rules.device)[:, None, None]
-    before_R11 = torch.tensor([span.before for span, _ in own], device=rules.device)[:, None, None]
-    query_RT1 = before_R11 + torch.arange(count, device=rules.device)[:, None]
-    mask_RTS = visible(query_RT1, first_R11 + torch.arange(longest, device=rules.device), window)
-    return Part(queries([span for span, _ in own], rules), len(own), torch.stack(rows), mask_RTS, merged=merged)
+    deepest = max(len(span.pages) for span, _ in own)
+    tables = [span.pages + [0] * (deepest - len(span.pages)) for span, _ in own]
+    table_RP, ends_R2 = torch.tensor(tables), torch.tensor([(first, span.before) for span, first in own])
+    first_R1, before_R1 = ends_R2[:, :1], ends_R2[:, 1:]
+    key_RS = first_R1 + torch.arange(longest)
+    # Padding repeats the row's last key: a masked key still meets its value as 0 * v, and 0 * NaN is NaN.
+    place_RS = torch.minimum(key_RS, before_R1 + count - 1).add_(rules.shift)
+    place_RS = table_RP.gather(1, place_RS // rules.page) * rules.page + place_RS % rules.page
+    query_RT1 = (before_R1 + torch.arange(count))[..., None]
+    mask_RTS = visible(query_RT1, key_RS[:, None], window).to(rules.device)
+    return Part(queries([span for span, _ in own], rules), len(own), place_RS.to(rules.device), mask_RTS, merged=merged)
 
 
 def visible(query_T1: Tensor, key_S: Tensor, window: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from trimaran.ops.numbers import at_least_fp32
 
 SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
 QUERIES = 64  # queries per step of that backward
-FEW = 32  # queries up to which two plain products are quicker than the fused kernel
+FEW, WIDE = 4, 1 << 15  # up to so many queries of one row over so many numbers of keys, two plain products are quicker
 
 
 def attention(
@@ -59,13 +59,13 @@ def partial_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` over some of the keys, and the log of its sum of weights, which `merge` joins with other keys'.
 
-    out [B, T, H, K] and lse [B, T, H], both in at least fp32, without gradient. Every query must see a key. Few queries
-    take two plain products, a group's heads under one another, so that keys and values are read once per group.
+    out [B, T, H, K] and lse [B, T, H], both in at least fp32, without gradient. Every query must see a key. Where
+    `plain_products` are quicker they have a group's heads under one another, so that keys and values are read once.
     """
     if mask_BTS is not None and mask_BTS.ndim == 3:
         mask_BTS = mask_BTS.unsqueeze(1)
     (batch, length, heads, width), groups = q_BTHK.shape, k_BSGK.shape[2]
-    if length > FEW and q_BTHK.device.type == "cpu":
+    if not plain_products(q_BTHK, k_BSGK):
         bias = None if mask_BTS is None else additive(mask_BTS, q_BTHK.dtype)
         out, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK)), 0.0, causal, attn_mask=bias, scale=scale
@@ -86,6 +86,12 @@ def partial_attention(
     out_BGUK = at_least_fp32(weights_BGUS.to(v_BSGK.dtype) @ v_BSGK.transpose(1, 2)) / sum_BGU1
     lse_BGU1 = top_BGU1 + sum_BGU1.log()
     return out_BGUK.view(batch, heads, length, width).transpose(1, 2), lse_BGU1.view(batch, heads, length).mT
+
+
+def plain_products(q_BTHK: Tensor, k_BSGK: Tensor) -> bool:
+    """Whether two plain products are quicker than a CPU's fused kernel, which reads keys again for every head."""
+    few = q_BTHK.shape[0] == 1 and q_BTHK.shape[1] <= FEW
+    return q_BTHK.device.type != "cpu" or (few and k_BSGK.shape[1] * k_BSGK.shape[3] > WIDE)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
