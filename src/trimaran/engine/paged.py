@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from trimaran.engine.pages import Memory, Sequence, Stack
-from trimaran.engine.reach import Plan, Rules, Span, plan
+from trimaran.engine.reach import Plan, Rules, Span, neighbours, plan
 from trimaran.model.layout import Layout
 from trimaran.model.state import Convolution
 from trimaran.ops import conv, ssd
+from trimaran.ops.numbers import at_least_fp32
 from trimaran.ops.rounding import chances, key_of, stochastic_round
 
 
@@ -66,14 +67,14 @@ class PagedState:
         config, page, device = memory.config, memory.page, memory.device
         key_bytes = 2 * config.num_key_value_heads * config.head_dim * memory.dtype.itemsize
         self.rules = Rules(page, self.shift, key_bytes, device, memory.ragged, memory.sharing)
-        self.written_N: Tensor | None = None
+        self.written: slice | Tensor | None = None
         if memory.unit.kv_token:
             written = [
                 span.pages[place // page] * page + place % page
                 for span in self.spans
                 for place in range(span.before + self.shift, span.before + self.shift + span.count)
             ]
-            self.written_N = torch.tensor(written, device=device)
+            self.written = run_of(written, device)
         self._plans: dict[int | None, Plan] = {}
         self.groups = group(self)
         self.layers = self._layers()
@@ -178,9 +179,9 @@ class PagedAttention:
         scale: float,
     ) -> Tensor:
         """Writes the pass's keys and values to their places, and reads along the plan."""
-        assert self.view.written_N is not None
-        self.k_SGK[self.view.written_N] = k_BTGK[0]
-        self.v_SGK[self.view.written_N] = v_BTGK[0]
+        assert self.view.written is not None
+        self.k_SGK[self.view.written] = k_BTGK[0]
+        self.v_SGK[self.view.written] = v_BTGK[0]
         out_NHK, count = self.view.plan(window).read(q_BTHK[0], self.k_SGK, self.v_SGK, scale)
         self.view.memory.bytes_read += count
         return out_NHK[None]
@@ -198,7 +199,10 @@ class Group:
 
     def take(self, x_1NC: Tensor) -> Tensor:
         """The group's tokens [S, K, ...]."""
-        return x_1NC[0, self.tokens].unflatten(0, (len(self.order), self.count))
+        shape = (len(self.order), self.count, *x_1NC.shape[2:])
+        if isinstance(self.tokens, slice):
+            return x_1NC[:, self.tokens].view(shape)
+        return x_1NC[0].index_select(0, self.tokens).view(shape)
 
 
 def group(view: PagedState) -> list[Group]:
@@ -224,25 +228,32 @@ def group(view: PagedState) -> list[Group]:
 
 def tokens_of(view: PagedState, numbers: list[int]) -> slice | Tensor:
     spans = [view.spans[number] for number in numbers]
-    flat = [place for span in spans for place in range(span.start, span.start + span.count)]
-    if flat[-1] - flat[0] == len(flat) - 1 and flat == list(range(flat[0], flat[-1] + 1)):
-        return slice(flat[0], flat[-1] + 1)
-    return torch.tensor(flat, device=view.memory.device)
+    return run_of([place for s in spans for place in range(s.start, s.start + s.count)], view.memory.device)
 
 
 def slots_of(view: PagedState, numbers: list[int]) -> slice | Tensor:
-    slots = [view.segments[number].sequence.slot for number in numbers]
-    if slots[-1] - slots[0] == len(slots) - 1:
-        return slice(slots[0], slots[-1] + 1)
-    return torch.tensor(slots, device=view.memory.device)
+    return run_of([view.segments[number].sequence.slot for number in numbers], view.memory.device)
+
+
+def run_of(numbers: list[int], device: torch.device) -> slice | Tensor:
+    """An index of `numbers`: a slice where each is one more than the last."""
+    if neighbours(numbers):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, device=device)
+
+
+# Bytes of states that could be moved in the time that the calls for looking and folding take beyond those for stepping.
+STEPPED_BYTES = 1 << 20
+STEPS = 8  # tokens of a trial up to which steps are considered
 
 
 @dataclass
 class Written:
-    """What a trial's tokens would have written: [S, K, ...] each."""
+    """What a trial's tokens would have written: the tails and the states after each of them; or, where those would be
+    much to move, what states are folded from: [S, K, ...] each."""
 
-    inputs: Tensor
-    taps: int
+    window_SXC: Tensor
+    states_KSHPN: Tensor | None = None
     x: Tensor | None = None
     B: Tensor | None = None
     dt: Tensor | None = None
@@ -262,15 +273,15 @@ class PagedMamba:
         out_1NC = None
         for number, group in enumerate(self.view.groups):
             inputs_SKC, tail_SWC = group.take(inputs_BTC), self.tail[group.slots]
-            if group.trial:
-                self.trials[number] = Written(inputs_SKC, conv1d.taps)
-            if group.count == 1:
-                mixed_SKC, next_SWC = conv1d.step(inputs_SKC, tail_SWC)
+            if group.trial or group.count == 1:
+                mixed_SKC, window_SXC = conv1d.few(inputs_SKC, tail_SWC)
+                if group.trial:
+                    self.trials[number] = Written(window_SXC)
+                else:
+                    self.tail[group.slots] = window_SXC[:, 1:]
             else:
                 mixed_SKC = conv1d(inputs_SKC, tail_SWC, None)
-                next_SWC = conv.next_tail(inputs_SKC, conv1d.taps, tail_SWC)
-            if not group.trial:
-                self.tail[group.slots] = next_SWC
+                self.tail[group.slots] = conv.next_tail(inputs_SKC, conv1d.taps, tail_SWC)
             out_1NC = self._place(mixed_SKC, group, out_1NC)
         assert out_1NC is not None
         return out_1NC
@@ -290,11 +301,15 @@ class PagedMamba:
         for number, group in enumerate(self.view.groups):
             x, dt, B, C = (group.take(t) for t in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
             before_SHPN = self._load(group)
-            if group.trial:
+            if group.trial and self._steps(group, before_SHPN):
+                y_SKHP, self.trials[number].states_KSHPN = ssd.ssd_steps(x, dt, A_H, B, C, before_SHPN)
+            elif group.trial:
                 written = self.trials[number]
                 written.x, written.B, written.dt, written.A = x, B, dt, A_H
-            if group.trial and group.count <= ssd.CPU_CHUNK:
-                y_SKHP = ssd.ssd_look(x, dt, A_H, B, C, before_SHPN)
+                if group.count <= ssd.CPU_CHUNK:
+                    y_SKHP = ssd.ssd_look(x, dt, A_H, B, C, before_SHPN)
+                else:
+                    y_SKHP = ssd.ssd(x, dt, A_H, B, C, before_SHPN, None, chunk)[0]
             elif group.count == 1:
                 y_SHP, after = ssd.ssd_step(x[:, 0], dt[:, 0], A_H, B[:, 0], C[:, 0], before_SHPN, in_place=True)
                 y_SKHP = y_SHP[:, None]
@@ -306,14 +321,21 @@ class PagedMamba:
         assert out_1NHP is not None
         return out_1NHP
 
+    def _steps(self, group: Group, state_SHPN: Tensor) -> bool:
+        """Whether a trial keeps the state after each of its tokens; else it moves the state once, when it is kept."""
+        return group.count <= STEPS and group.count * state_SHPN.nbytes <= STEPPED_BYTES
+
     def keep(self, counts: abc.Sequence[int]) -> None:
-        """Folds the first counts[i] tokens of each segment on trial into its slot."""
+        """Moves each slot on by the first counts[i] tokens of its segment on trial."""
+        taps = self.tail.shape[1] + 1
         for number, written in self.trials.items():
             group = self.view.groups[number]
             kept = [counts[place] for place in group.order]
+            self.tail[group.slots] = conv.tail_after(written.window_SXC, taps, kept)
+            if written.states_KSHPN is not None:
+                self._pick(group, written.states_KSHPN, kept)
+                continue
             kept_S = torch.tensor(kept, device=self.tail.device)
-            tail_SWC = self.tail[group.slots]
-            self.tail[group.slots] = conv.next_tail(written.inputs, written.taps, tail_SWC, None, kept_S)
             assert written.x is not None and written.dt is not None and written.A is not None and written.B is not None
             real_SK = torch.arange(group.count, device=kept_S.device) < kept_S[:, None]
             dt_SKH = written.dt * real_SK[..., None]
@@ -321,10 +343,21 @@ class PagedMamba:
             self._store(group, after, kept)
         self.trials.clear()
 
+    def _pick(self, group: Group, states_KSHPN: Tensor, kept: list[int]) -> None:
+        """Puts the state after kept[i] tokens into the group's i-th slot."""
+        if min(kept) == max(kept) > 0:
+            self._store(group, states_KSHPN[kept[0] - 1], kept)
+            return
+        kept_S = torch.tensor(kept, device=states_KSHPN.device)
+        after_SHPN = states_KSHPN[(kept_S - 1).clamp_(min=0), torch.arange(len(kept), device=kept_S.device)]
+        if min(kept) == 0:  # a row that keeps nothing stays where it was
+            after_SHPN = torch.where((kept_S > 0)[:, None, None, None], after_SHPN, self._load(group))
+        self._store(group, after_SHPN, kept)
+
     def _place(self, x_SKC: Tensor, group: Group, out_1NC: Tensor | None) -> Tensor:
         """The group's results in the flat batch."""
         if len(self.view.groups) == 1 and isinstance(group.tokens, slice):
-            return x_SKC.flatten(0, 1)[None]
+            return x_SKC.reshape(1, -1, *x_SKC.shape[2:])
         if out_1NC is None:
             out_1NC = x_SKC.new_empty(1, self.view.length, *x_SKC.shape[2:])
         out_1NC[0, group.tokens] = x_SKC.flatten(0, 1)
@@ -332,7 +365,8 @@ class PagedMamba:
 
     def _load(self, group: Group) -> Tensor:
         """The group's states in at least fp32: a view of the pool where they lie there so."""
-        return self.ssm[group.slots].to(torch.promote_types(self.tail.dtype, torch.float32))
+        states = self.ssm[group.slots]
+        return states.double() if self.tail.dtype == torch.float64 else at_least_fp32(states)
 
     def _store(self, group: Group, after_SHPN: Tensor, counts: list[int]) -> None:
         """Puts the group's states back, after `counts` more tokens, unless they are the pool's own memory."""

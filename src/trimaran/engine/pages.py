@@ -203,6 +203,8 @@ class Memory:
         self.kv = torch.zeros(
             2, layers, pages, page, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
         )
+        flat_k, flat_v = self.kv.flatten(2, 3).unbind(0)
+        self._flat = list(zip(flat_k.unbind(0), flat_v.unbind(0), strict=True))
         kept = rows + snapshots
         self.tail = torch.zeros(mamba, kept, config.conv_kernel - 1, config.conv_width, dtype=dtype, device=device)
         shape = (mamba, kept, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
@@ -393,7 +395,7 @@ class Memory:
 
     def flat_kv(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one attention layer (trunk first, then MTP) by place: [pages * page, G, K] each."""
-        return self.kv[0, layer].flatten(0, 1), self.kv[1, layer].flatten(0, 1)
+        return self._flat[layer]
 
 
 def checked_ssm_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:

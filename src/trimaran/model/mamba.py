@@ -28,9 +28,9 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def step(self, x_B1C: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]:
-        """One token: its output, and the tail to carry on."""
-        return conv.causal_conv_silu_step(x_B1C, self.weight[:, 0], self.bias, tail_BWC)
+    def few(self, x_BTC: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]:
+        """A few tokens: their outputs, and the tail with them behind it."""
+        return conv.causal_conv_silu_few(x_BTC, self.weight[:, 0], self.bias, tail_BWC)
 
     def forward(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor:
         return conv.causal_conv_silu(x_BTC, self.weight[:, 0], self.bias, tail_BWC, seg_BT)

@@ -33,7 +33,7 @@ class Convolution(Protocol):
 
     taps: int
 
-    def step(self, x_B1C: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]: ...
+    def few(self, x_BTC: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def __call__(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor: ...
 
@@ -192,7 +192,8 @@ class MambaState:
         if self.ring is not None:
             self.ring.inputs.append(inputs_BTC)
         if is_step(layout):
-            mixed_BTC, self.tail = conv1d.step(inputs_BTC, self.tail)
+            mixed_BTC, window_BXC = conv1d.few(inputs_BTC, self.tail)
+            self.tail = window_BXC[:, 1:]
             return mixed_BTC
         mixed_BTC = conv1d(inputs_BTC, self.tail, layout.seg_BT)
         self.tail = conv.next_tail(inputs_BTC, conv1d.taps, self.tail, layout.seg_BT, layout.count_B)

@@ -7,6 +7,7 @@ one mask per shift. `causal_conv` is that formula; `causal_conv_silu` is the one
 in at least fp32, the gradient written down, and nothing kept for backward but the inputs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,15 +56,26 @@ def causal_conv_silu(
     return CausalConvSiLU.apply(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
 
 
-def causal_conv_silu_step(
-    x_B1C: Tensor, weight_CW: Tensor, bias_C: Tensor | None, tail_BWC: Tensor
+def causal_conv_silu_few(
+    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, tail_BWC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for one token of a running document: y [B, 1, C] and the tail to carry on."""
-    window_BWC = join_tail(x_B1C, weight_CW.shape[1], tail_BWC)
-    u_B1C = (at_least_fp32(window_BWC) * weight_CW.t()).sum(1, keepdim=True)
+    """The same for a few tokens of a running document in few calls: y [B, T, C], and the tail with the inputs behind it
+    [B, W-1+T, C]: after n of the tokens, the tail to carry on is its places n .. n + W-1."""
+    window_BXC = join_tail(x_BTC, weight_CW.shape[1], tail_BWC)
+    seen_BTWC = at_least_fp32(window_BXC).unfold(1, weight_CW.shape[1], 1).transpose(2, 3)
+    u_BTC = (seen_BTWC * weight_CW.t()).sum(2)
     if bias_C is not None:
-        u_B1C += bias_C
-    return F.silu(u_B1C, inplace=True).to(x_B1C.dtype), window_BWC[:, 1:]
+        u_BTC += bias_C
+    return F.silu(u_BTC, inplace=True).to(x_BTC.dtype), window_BXC
+
+
+def tail_after(window_BXC: Tensor, taps: int, counts: Sequence[int]) -> Tensor:
+    """The tail [B, W-1, C] behind the first counts[b] tokens of what `causal_conv_silu_few` has joined."""
+    if all(count == counts[0] for count in counts):
+        return window_BXC[:, counts[0] : counts[0] + taps - 1]
+    place_B1 = torch.tensor(counts, device=window_BXC.device)[:, None]
+    place_BW = place_B1 + torch.arange(taps - 1, device=window_BXC.device)
+    return window_BXC.gather(1, place_BW[..., None].expand(-1, -1, window_BXC.shape[2]))
 
 
 class CausalConvSiLU(torch.autograd.Function):

@@ -20,12 +20,14 @@ AT_LEAST_FP32 = (
     "loss",
     "head_gradient",  # several small terms are added into one large sum (Ultra's MTP failure)
 )
+WIDE = (torch.float32, torch.float64)
 FP32_PARAMETERS = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in fp32, or in its own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    # Asked hundreds of times a pass, mostly of what is wide already: a look is cheaper than a call.
+    return x if x.dtype in WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parameter_dtype(name: str, asked: torch.dtype) -> torch.dtype:

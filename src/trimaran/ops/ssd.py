@@ -50,9 +50,38 @@ def ssd_step(
         state_BGUN = kept_BGUN.addcmul_(write_BGU1, row_BG1N)
     else:
         state_BGUN = torch.addcmul(kept_BGUN, write_BGU1, row_BG1N)
+    state_BHPN = state_BGUN.view(state_BHPN.shape)
+    return read_out(C_BGN, state_BHPN), state_BHPN
+
+
+def read_out(C_BGN: Tensor, state_BHPN: Tensor) -> Tensor:
+    """y = S C per head: [B, H, P]."""
+    batch, groups, size = C_BGN.shape
+    _, heads, width, _ = state_BHPN.shape
     # C as a row times the state's transpose: a CPU's matrix library is several times slower the other way round
-    y_BG1U = C_BGN.to(wide).unsqueeze(2) @ state_BGUN.transpose(-1, -2)
-    return y_BG1U.view(x_BHP.shape), state_BGUN.view(state_BHPN.shape)
+    row_X1N = C_BGN.to(state_BHPN.dtype).reshape(batch * groups, 1, size)
+    return torch.bmm(row_X1N, state_BHPN.view(batch * groups, -1, size).mT).view(batch, heads, width)
+
+
+def ssd_steps(
+    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A few tokens one after the other: y [B, T, H, P] and the state after each [T, B, H, P, N]. Without gradient.
+
+    The same as `ssd_look`, and as `ssd_fold` for every number of tokens: fewer calls, and more of the state moved.
+    """
+    (batch, length, groups, size), wide = B_BTGN.shape, state_BHPN.dtype
+    decay_TBH11 = torch.exp(dt_BTH * A_H).transpose(0, 1)[..., None, None]
+    write_BTHP = x_BTHP.to(wide) * dt_BTH[..., None]
+    write_TBGU1 = write_BTHP.view(batch, length, groups, -1, 1).transpose(0, 1)
+    row_TBG1N = B_BTGN.to(wide).transpose(0, 1).unsqueeze(3)
+    states = state_BHPN.new_empty(length, *state_BHPN.shape)
+    for t, after in enumerate(states.unbind(0)):
+        torch.mul(state_BHPN, decay_TBH11[t], out=after)
+        after.view(batch, groups, -1, size).addcmul_(write_TBGU1[t], row_TBG1N[t])
+        state_BHPN = after
+    y_XHP = read_out(C_BTGN.transpose(0, 1).flatten(0, 1), states.flatten(0, 1))
+    return y_XHP.unflatten(0, (length, batch)).transpose(0, 1), states
 
 
 def ssd_look(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, state_BHPN: Tensor) -> Tensor:
