@@ -48,7 +48,7 @@ def conditions(asked: Asked, seconds: float, burnt: float) -> dict[str, Any]:
         "dtype": "float32",
         "seeds": "0 (prefix: 0 up to repeat - 1); weights: 0",
         "scale": "full" if asked.scale == FULL else "small",
-        "run": str(asked.run),
+        "run": asked.run.name,
         "million_parameters": millions,
         "load": round(os.getloadavg()[0], 2),
         "case_wall_s": round(seconds, 1),

@@ -444,7 +444,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         result["tracebacks"] = server.log.read_text(encoding="utf-8").count("Traceback")
         result["log"] = server.log.read_text(encoding="utf-8").splitlines()[:40]
     made_on = environment() | {
-        "run": str(given.run),
+        "run": given.run.name,
         "settings": settings,
         "streams": given.streams,
         "seed": given.seed,
