@@ -19,6 +19,7 @@ A drafter draws with the row's own numbers (`uniform`), as `coupled` does, so th
 Shapes: S rows, N = sum over rows of k + 1 places one row after the other, V ids.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -101,9 +102,14 @@ def choose(
     spelled: ids from there on are never chosen (models round their vocabulary up; the tokenizer lacks them), and laws
     end there.
     """
+    likeliest = plain_greedy(logits_NV, asks, spelled)
+    if likeliest is not None:
+        drafts = [ask.drafts for ask in asks]
+        said = coupled(likeliest, starts_of(drafts), drafts)
+        return [Choice(tokens, accepted) for tokens, accepted in zip(*said, strict=True)]
     places = Places(logits_NV, asks, spelled)
     if acceptance == "coupled" or places.law.all_greedy:
-        tokens, accepted = coupled(places)
+        tokens, accepted = coupled(places.draws(), places.starts, places.drafts)
     else:
         tokens, accepted = rejection(places)
     choices = [Choice(said, count) for said, count in zip(tokens, accepted, strict=True)]
@@ -111,6 +117,17 @@ def choose(
         if accepted[row] >= ahead:
             choices[row] = Choice([], 0, refusal=refusal)
     return with_logprobs(places, choices)
+
+
+def plain_greedy(logits_NV: Tensor, asks: Sequence[Ask], spelled: int | None) -> list[int] | None:
+    """The likeliest id of every place, in one call, where no row asks for more than that; None where one does, or where
+    the model gave no numbers."""
+    for ask in asks:
+        one = ask.settings
+        if one.temperature or one.repetition_penalty != 1 or one.logprobs or ask.top or ask.guide is not None:
+            return None
+    best = logits_NV[:, :spelled].max(-1)
+    return best.indices.tolist() if all(map(math.isfinite, best.values.tolist())) else None
 
 
 class Places:
@@ -127,7 +144,7 @@ class Places:
         if sum(counts) != logits_NV.shape[0]:
             raise ValueError(f"logits of {logits_NV.shape[0]} places, rows with {counts}")
         self.asks, self.raw_NV, self.device = asks, logits_NV, logits_NV.device
-        self.starts = [0, *accumulate(counts)][: len(counts)]
+        self.starts = starts_of([ask.drafts for ask in asks])
         rows_N = torch.arange(len(asks)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
         self.law = Law.of([ask.settings for ask in asks], self.device).at(rows_N.to(self.device))
         width = logits_NV.shape[-1] if spelled is None else min(spelled, logits_NV.shape[-1])
@@ -226,11 +243,17 @@ def widened(mask_V: Tensor, width: int) -> Tensor:
     return torch.cat([mask_V, mask_V.new_zeros(width - mask_V.shape[0])])
 
 
-def coupled(places: Places) -> tuple[list[list[int]], list[int]]:
-    """Tokens and accepted counts of each row, a draft standing while it is what the row draws."""
-    draws = places.draws()
+def starts_of(drafts: Sequence[Sequence[int]]) -> list[int]:
+    """The first place of each row."""
+    return [0, *accumulate(len(own) + 1 for own in drafts)][: len(drafts)]
+
+
+def coupled(
+    draws: list[int], starts: Sequence[int], drafts_of: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[int]]:
+    """Tokens and accepted counts of each row, a draft standing while it is what the row draws at its place."""
     tokens, accepted = [], []
-    for start, drafts in zip(places.starts, places.drafts, strict=True):
+    for start, drafts in zip(starts, drafts_of, strict=True):
         own = draws[start : start + len(drafts) + 1]
         count = 0
         while count < len(drafts) and own[count] == drafts[count]:

@@ -73,9 +73,9 @@ class Row:
         """Tokens that it may still get."""
         return self.settings.max_tokens - len(self.output.tokens)
 
-    def ask(self, seen: Tensor | None, drafts: Sequence[int] = (), law: Tensor | None = None) -> Ask:
+    def ask(self, seen: Tensor | None, drafts: Sequence[int] = (), law: Tensor | None = None, top: int = 0) -> Ask:
         """What the choice of its next tokens depends on; see `Ask`."""
-        return Ask(self.settings, self.key, len(self.output.tokens), seen, self.guide, drafts, law)
+        return Ask(self.settings, self.key, len(self.output.tokens), seen, self.guide, drafts, law, top)
 
     def push(self, token: int, logprobs: Sequence[float] | None) -> str:
         """Takes a token, ends the row where it must end, and returns the text that is settled.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trimaran.engine import pages
-from trimaran.engine.choose import Ask, Places
+from trimaran.engine.choose import Ask, Places, plain_greedy
 from trimaran.engine.paged import Segment
 from trimaran.engine.pages import Memory
 from trimaran.model.hybrid import HybridModel
@@ -120,7 +120,8 @@ class Pencil:
         self.tokens.append(token)
         if law is not None:
             self.laws.append(law)
-        self.ask = self.ask.after(token)
+        if len(self.tokens) < self.need.count:
+            self.ask = self.ask.after(token)
 
     def draft(self) -> Draft:
         return Draft(self.tokens, torch.stack(self.laws) if self.laws else None)
@@ -129,13 +130,17 @@ class Pencil:
 def write(pencils: Sequence[Pencil], logits_SV: Tensor, spelled: int | None, laws: bool) -> list[int]:
     """Draws a token for each draft from the law that its row's settings make of the drafter's logits. Returns the
     places of those that can go on; a row whose rules leave no choice gets no token, and ends its draft."""
-    places = Places(logits_SV, [pencil.ask for pencil in pencils], spelled)
-    tokens = places.draws()
+    asks = [pencil.ask for pencil in pencils]
+    tokens = None if laws else plain_greedy(logits_SV, asks, spelled)
+    places = None if tokens is not None else Places(logits_SV, asks, spelled)
+    if places is not None:
+        tokens = places.draws()
+    assert tokens is not None
     going_on = []
     for place, pencil in enumerate(pencils):
-        if place in places.hopeless:
+        if places is not None and place in places.hopeless:
             continue
-        pencil.push(tokens[place], places.law_NV[place] if laws else None)
+        pencil.push(tokens[place], places.law_NV[place] if places is not None and laws else None)
         if pencil.open:
             going_on.append(place)
     return going_on
@@ -175,7 +180,7 @@ class MTP:
         self.after: dict[Hashable, Tensor] = {}  # the block's output [D] at each row's newest pair
         self.waiting: dict[Hashable, Pairs] = {}  # the newest pair of rows that had no page for it
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def observe(self, readings: Sequence[Reading]) -> None:
         due = []
         for reading in readings:
@@ -198,10 +203,11 @@ class MTP:
         view = self.memory.view([Segment(pairs.sequence, len(pairs.following)) for pairs in due], "mtp")
         following_1N = torch.tensor([[token for pairs in due for token in pairs.following]], device=self.model.device)
         out_ND = self.mtp(torch.cat([pairs.hidden for pairs in due])[None], following_1N, state=view)[0]
-        for pairs, end in zip(due, accumulate(len(pairs.following) for pairs in due)):
-            self.after[pairs.row] = out_ND[end - 1].clone()  # alone: a view would hold on to the whole pass
+        ends = [end - 1 for end in accumulate(len(pairs.following) for pairs in due)]
+        newest_SD = out_ND[ends]  # apart: views of the whole would hold on to the pass
+        self.after.update(zip((pairs.row for pairs in due), newest_SD.unbind(0), strict=True))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
         self.read([self.waiting.pop(need.row) for need in needs if need.row in self.waiting])
         pencils = [Pencil(need) for need in needs]

@@ -7,6 +7,7 @@
 - latent experts: down to L once, all experts in L, the weighted sum back up once; router and shared expert see D
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class Router(nn.Module):
     def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [tokens, D] -> scores [tokens, E], chosen ids [tokens, k], weights [tokens, k]."""
         config = self.config
-        with torch.autocast(x_MD.device.type, enabled=False):
+        device = x_MD.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits_ME = F.linear(at_least_fp32(x_MD), at_least_fp32(self.weight))
         if config.router == "softmax":
             scores_ME = logits_ME.softmax(-1)
