@@ -15,7 +15,9 @@ const SCHEMES = ["auto", "light", "dark"];
 const settings = new Settings();
 const talk = new Talk();
 const views = new Map(); // turn -> TurnView
-let running = null; // {controller, turn, first, said, saved} while an answer is written
+let running = null; // {controller, turn, first, saved} while an answer is written
+let said = 0; // blocks of it that a screen reader was told
+let leaving = false; // the browser breaks connections off before it says that the page is left
 let editing = null; // the words that stood in the field before an edit, while one is under way
 let follows = true; // the page scrolls along with the answer
 let withKey = null; // what a key was asked for
@@ -45,7 +47,7 @@ function draw() {
 function drawTurn(turn) {
   const live = running?.turn === turn;
   const finished = views.get(turn).draw({ live, last: turn === talk.last && !running, name: shortName() });
-  if (live) say(finished.slice(running.said).map((block) => block.textContent), finished.length);
+  if (live) say(finished);
 }
 
 /** Draws the running turn at most once a frame. */
@@ -59,11 +61,10 @@ function soon() {
   });
 }
 
-/** Finished paragraphs go to the screen reader's log, each once. */
-function say(texts, count) {
-  if (running.said >= count) return;
-  running.said = count;
-  for (const text of texts) tell(text);
+/** Finished blocks of words go to the screen reader's log, each once. */
+function say(blocks) {
+  for (const block of blocks.slice(said)) tell(block.textContent);
+  said = Math.max(said, blocks.length);
 }
 
 function tell(text) {
@@ -103,7 +104,8 @@ const beneath = () => document.documentElement.scrollHeight - window.innerHeight
 async function run() {
   const answer = talk.begin(settings.budget);
   const controller = new AbortController();
-  running = { controller, turn: talk.last, first: null, said: 0, saved: performance.now() };
+  running = { controller, turn: talk.last, first: null, saved: performance.now() };
+  said = 0;
   follows = true;
   $("said").replaceChildren();
   draw();
@@ -133,7 +135,7 @@ function take(answer, chunk) {
 }
 
 function fail(answer, problem) {
-  if (problem.name === "AbortError") {
+  if (problem.name === "AbortError" || leaving) {
     answer.stopped = true;
   } else if (problem instanceof Failure) {
     answer.problem = problem.retry ? `${problem.message} Try again in ${problem.retry} s.` : problem.message;
@@ -146,13 +148,15 @@ function fail(answer, problem) {
 }
 
 function finish(answer) {
+  const { turn } = running;
   running = null;
   save();
   draw();
   if (follows) toEnd();
   drawLatest();
-  const ending = talk.last && views.get(talk.last).find(".problem").textContent;
-  tell(ending || `Answer finished, ${answer.tokens} tokens.`);
+  if (!views.has(turn)) return; // a new conversation was begun
+  say([...views.get(turn).find(".words").children]);
+  tell(views.get(turn).find(".problem").textContent || `Answer finished, ${answer.tokens} tokens.`);
 }
 
 function save() {
@@ -354,6 +358,8 @@ window.addEventListener("scroll", () => {
   follows = beneath() <= NEAR;
   drawLatest();
 }, { passive: true });
+window.addEventListener("beforeunload", () => (leaving = true));
+window.addEventListener("pageshow", () => (leaving = false));
 window.addEventListener("pagehide", () => running && save());
 window.addEventListener("storage", (event) => {
   if (event.key !== "trimaran.talk" || running) return;

@@ -55,7 +55,9 @@ export class Settings {
     $("budget").disabled = !$("thinking").checked;
     $("budget").style.setProperty("--at", $("budget").value / $("budget").max);
     $("budget").setAttribute("aria-valuetext", budget ? `${budget} tokens` : "no limit");
-    $("budget-shown").textContent = budget ? `${budget.toLocaleString("en")} tokens` : "no limit";
+    const unit = document.createElement("span"); // a narrow page leaves it out
+    unit.textContent = " tokens";
+    $("budget-shown").replaceChildren(...(budget ? [budget.toLocaleString("en"), unit] : ["no limit"]));
     $("thinking-rein").hidden = $("budget-rein").hidden = this.base;
   }
 

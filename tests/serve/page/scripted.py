@@ -46,7 +46,7 @@ class Break:
 
 @dataclass
 class Script:
-    """What happens next. pieces: of the next answers, in order, one list an answer; the last is said again and again."""
+    """What happens next. answers: pieces of the next answers, in order; the last answer is given again and again."""
 
     answers: list[list[Think | Say | Gate | Break]] = field(default_factory=lambda: [[Say("Aye.")]])
     refusal: tuple[int, str, dict[str, str]] | None = None  # status, message, headers of the next answer instead
@@ -55,17 +55,29 @@ class Script:
     finish: str = "stop"
     drafted: tuple[int, int, int] = (0, 0, 0)  # drafted, accepted, passes
     cached: int = 0
-    pace: float = 0.0  # seconds between pieces
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (path, body) of what was asked
     left: int = 0  # clients that went away before the end
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """What was asked last."""
+        return self.requests[-1][1]
 
-def application(script: Script) -> FastAPI:
-    """The server. `script` may be changed while it runs."""
+
+@dataclass
+class Stage:
+    """What is played now."""
+
+    script: Script = field(default_factory=Script)
+
+
+def application(stage: Stage) -> FastAPI:
+    """The server. The script may be changed, and exchanged, while it runs."""
     app = FastAPI()
 
     @app.middleware("http")
     async def manners(request: Request, call_next: Any) -> Any:
+        script = stage.script
         if script.key and request.url.path.startswith("/v1") and bearer(request) != script.key:
             response = refused(401, "wrong or no key", {})
         else:
@@ -79,13 +91,13 @@ def application(script: Script) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {"id": "harbour/hybrid-nano", "object": "model", "max_model_len": 4096, "base": script.base}
+        card = {"id": "harbour/hybrid-nano", "object": "model", "max_model_len": 4096, "base": stage.script.base}
         return {"object": "list", "data": [card]}
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(request: Request) -> Any:
-        body = await request.json()
+        script, body = stage.script, await request.json()
         script.requests.append((request.url.path, body))
         if script.refusal:
             status, message, headers = script.refusal
@@ -120,7 +132,6 @@ async def stream(script: Script, pieces: list[Any], chat: bool) -> AsyncIterator
             if isinstance(piece, Break):
                 raise ConnectionAbortedError("as the script says")
             for word in words(piece.text):
-                await asyncio.sleep(script.pace)
                 tokens += 1
                 thoughts += isinstance(piece, Think)
                 delta = (
@@ -163,8 +174,8 @@ def event(choices: list[dict[str, Any]], used: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Address of `app` on a free port, while the block lasts."""
+def serving(app: FastAPI) -> Iterator[int]:
+    """The port of `app` on this machine, while the block lasts."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -173,8 +184,7 @@ def serving(app: Any) -> Iterator[str]:
         if not thread.is_alive():
             raise RuntimeError("the server did not start")
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/"
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = server.force_exit = True
         thread.join(5)

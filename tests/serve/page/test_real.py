@@ -1,0 +1,36 @@
+"""The chat page and `trimaran serve` understand each other."""
+
+from tests.serve.conftest import SUM, THOUGHT, chat
+from tests.serve.page.browser import LEFT, Page
+from trimaran.serve.main import Running
+
+
+def test_the_page_and_the_server_understand_each_other(driver, server: Running):
+    page = Page(driver, server.url)
+    assert page.text("#ship") == "learnt" and "tokens" in page.text("#cartouche-about")
+    page.click("#open-settings")
+    page.type("0", into="#temperature")
+    page.click("#close-settings")
+    page.ask(SUM["content"])
+    wanted = chat(server)[1]
+    assert page.text(".words") == wanted["choices"][0]["message"]["content"] == "Four."
+    page.click(".thought summary")
+    assert page.text(".thought-text").replace("\n\n", "\n") == THOUGHT
+    usage = wanted["usage"]
+    assert page.text(".thought-count").startswith(f"{usage['completion_tokens_details']['reasoning_tokens']} tokens")
+    assert page.soundings()["tokens"] == str(usage["completion_tokens"])
+    page.type(*[LEFT] * 10, into="#budget")
+    page.click(".again")
+    page.until(lambda: page.text(".which") == "2 of 2")
+    page.done()
+    assert page.text(".words") == "Four."  # the thought is shorter than the least budget, which changes nothing
+    page.focus("#thinking")
+    page.press(" ")
+    page.click(".again")
+    page.until(lambda: page.text(".which") == "3 of 3")
+    page.done()
+    assert page.text(".words") == "It is four." and not page.find(".thought")
+    names = page.run("return performance.getEntriesByType('resource').map((one) => one.name)")
+    assert names and all(name.startswith(server.url) for name in names)
+    assert page.complaints() == []
+    page.run("localStorage.clear()")
