@@ -145,8 +145,7 @@ class Places:
             raise ValueError(f"logits of {logits_NV.shape[0]} places, rows with {counts}")
         self.asks, self.raw_NV, self.device = asks, logits_NV, logits_NV.device
         self.starts = starts_of([ask.drafts for ask in asks])
-        rows_N = torch.arange(len(asks)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        self.law = Law.of([ask.settings for ask in asks], self.device).at(rows_N.to(self.device))
+        self.law = Law.of([ask.settings for ask, count in zip(asks, counts) for _ in range(count)], self.device)
         width = logits_NV.shape[-1] if spelled is None else min(spelled, logits_NV.shape[-1])
         self.drafts = [list(takewhile(lambda token: token < width, ask.drafts)) for ask in asks]
         self.hopeless: dict[int, tuple[int, Refusal]] = {}
@@ -176,7 +175,8 @@ class Places:
             allowed = torch.stack(masks).to(self.device)
             logits_NV = logits_NV.clone()
             logits_NV[index] = logits_NV[index].masked_fill(~allowed, -torch.inf)
-        hopeless = (~logits_NV.amax(-1).isfinite()).nonzero()[:, 0].tolist()
+        best_N = logits_NV.amax(-1).tolist()
+        hopeless = [place for place, best in enumerate(best_N) if not math.isfinite(best)]
         if hopeless:
             logits_NV = logits_NV.clone()
             logits_NV[hopeless] = 0

@@ -14,6 +14,7 @@ Shapes: N tokens of all segments, S segments of one group, K tokens of each.
 
 from collections import abc, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,13 +40,15 @@ class Segment:
 class FlatLayout(Layout):
     """Tokens of many sequences in one row, each at its place in its own sequence."""
 
-    def __init__(self, places_1N: Tensor):
-        super().__init__(1, places_1N.shape[1], places_1N.device, start=None)
-        self.places_1N = places_1N
+    def __init__(self, spans: list[Span], length: int, device: torch.device):
+        super().__init__(1, length, device, start=None)
+        self.spans = spans
 
-    @property
+    @cached_property
     def place_BT(self) -> Tensor:
-        return self.places_1N
+        """Made when asked for: only rotary positions do."""
+        places = [place for span in self.spans for place in range(span.before, span.before + span.count)]
+        return torch.tensor([places], device=self.device)
 
 
 class PagedState:
@@ -117,8 +120,7 @@ class PagedState:
             raise RuntimeError("the view has made its pass: make another with memory.view")
         if doc_ids_BT is not None or length != self.length:
             raise ValueError(f"{length} tokens for segments of {self.length}, which are documents of their own")
-        places = [place for span in self.spans for place in range(span.before, span.before + span.count)]
-        return FlatLayout(torch.tensor([places], device=self.memory.device))
+        return FlatLayout(self.spans, length, self.memory.device)
 
     def keys(self, layout: Layout) -> int:
         """Keys of the longest sequence after the pass."""
@@ -201,7 +203,8 @@ class Group:
         """The group's tokens [S, K, ...]."""
         shape = (len(self.order), self.count, *x_1NC.shape[2:])
         if isinstance(self.tokens, slice):
-            return x_1NC[:, self.tokens].view(shape)
+            whole = self.tokens.stop - self.tokens.start == x_1NC.shape[1]
+            return (x_1NC if whole else x_1NC[:, self.tokens]).view(shape)
         return x_1NC[0].index_select(0, self.tokens).view(shape)
 
 
@@ -374,5 +377,6 @@ class PagedMamba:
             keys = [key_of(self.layer, self.view.before[number] + count) for number, count in zip(group.order, counts)]
             chance = chances(keys, after_SHPN[0].numel(), after_SHPN.device).view(after_SHPN.shape)
             after_SHPN = stochastic_round(after_SHPN, chance, self.ssm.dtype)
-        if after_SHPN.untyped_storage().data_ptr() != self.ssm.untyped_storage().data_ptr():
+        first = group.slots.start if isinstance(group.slots, slice) else 0
+        if not isinstance(group.slots, slice) or after_SHPN.data_ptr() != self.ssm[first].data_ptr():
             self.ssm[group.slots] = after_SHPN

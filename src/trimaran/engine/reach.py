@@ -179,7 +179,7 @@ def shared_runs(spans: Sequence[Span], rules: Rules) -> Iterator[tuple[list[int]
                 begun = end
             yield from descend(family, same, begun)
 
-    if rules.sharing != "never":
+    if rules.sharing != "never" and len(spans) > 1:
         yield from descend(list(range(len(spans))), 0, 0)
 
 

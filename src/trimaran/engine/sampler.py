@@ -16,7 +16,7 @@ pulling all of them towards the same tail of their laws.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -53,7 +53,7 @@ class Sampling(Settings):
 class Law:
     """The settings of a batch's rows as columns [B, 1]; None where no row asks for the step."""
 
-    greedy_B1: Tensor
+    greedy_B1: Tensor | None
     all_greedy: bool
     temperature_B1: Tensor
     top_k_B1: Tensor | None
@@ -73,22 +73,16 @@ class Law:
             return torch.tensor(values, dtype=kind, device=device)[:, None]
 
         temperatures = [one.temperature for one in settings]
-        greedy = torch.tensor([t == 0 for t in temperatures], device=device)
+        greedy = [t == 0 for t in temperatures]
         return cls(
-            greedy[:, None],
-            bool(greedy.all()),
+            torch.tensor(greedy, device=device)[:, None] if any(greedy) else None,
+            all(greedy),
             torch.tensor([t or 1.0 for t in temperatures], dtype=torch.float64, device=device)[:, None],
             column("top_k", 0),
             column("top_p", 1.0),
             column("min_p", 0.0),
             column("repetition_penalty", 1.0),
         )
-
-    def at(self, index_N: Tensor) -> "Law":
-        """The law of a batch whose row n is this one's row `index_N[n]`."""
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        columns = {name: value[index_N] if isinstance(value, Tensor) else value for name, value in columns.items()}
-        return Law(**columns)
 
     def scores(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         """Logits in at least fp32 after the repetition penalty, which is all that a greedy choice looks at."""
@@ -119,6 +113,8 @@ class Law:
         if self.min_p_B1 is not None:
             scores_BV = keep_min_p(scores_BV, self.min_p_B1.to(scores_BV.dtype))
         law_BV = scores_BV.softmax(-1)
+        if self.greedy_B1 is None:
+            return law_BV
         return torch.where(self.greedy_B1, torch.zeros_like(law_BV).scatter(1, best_B1, 1), law_BV)
 
 

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimaran.ops.blocks import blocks
-from trimaran.ops.numbers import at_least_fp32
+from trimaran.ops.numbers import WIDE, at_least_fp32
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, returned in `dtype` (x's own when None)."""
     if few(x_D):
+        if x_D.dtype in WIDE and dtype in (None, x_D.dtype):
+            return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
         return rms_norm_reference(x_D, weight_D, eps, dtype)
     return RMSNorm.apply(x_D, weight_D, eps, dtype or x_D.dtype)
 
