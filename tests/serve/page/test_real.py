@@ -1,8 +1,11 @@
 """The chat page and `trimaran serve` understand each other."""
 
+import shutil
+from pathlib import Path
+
 from tests.serve.conftest import SUM, THOUGHT, chat
-from tests.serve.page.browser import LEFT, Page
-from trimaran.serve.main import Running
+from tests.serve.page.browser import ENTER, LEFT, Page
+from trimaran.serve.main import Running, running
 
 
 def test_the_page_and_the_server_understand_each_other(driver, server: Running):
@@ -34,3 +37,18 @@ def test_the_page_and_the_server_understand_each_other(driver, server: Running):
     assert names and all(name.startswith(server.url) for name in names)
     assert page.complaints() == []
     page.run("localStorage.clear()")
+
+
+def test_a_base_model_behind_a_key(driver, folder: Path, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base" / "recipe.toml").write_text('stage = "pretrain"\n')
+    with running(tmp_path / "base", ["serve.port=0", "serve.api_key=sesame", "engine.rows=2"]) as server:
+        page = Page(driver, server.url)
+        page.type("sesame" + ENTER, into="#key")
+        page.until(lambda: page.text("#ship") == "base")
+        assert page.text("#cartouche-about").startswith("A base model")
+        page.ask(SUM["content"])
+        assert page.text(".words").startswith(SUM["content"]) and int(page.soundings()["tokens"]) <= 256
+        assert page.text(".problem") in ("", "Cut off: the most tokens that were allowed.")
+        assert page.complaints() == []
+        page.run("localStorage.clear()")

@@ -26,7 +26,7 @@ def test_what_a_model_writes_stays_text(page, script):
         "return [...document.querySelectorAll('#turns :is(script, img, iframe, style, form, svg, b, [href])')].length"
     )
     assert page.run(found) == 0
-    assert page.run("return window.hit ?? 0") == 0
+    assert page.run("return window.hit ?? 0") == 0 and "press <javascript:" in page.text(".words")
     assert page.text(".asked").replace(" ", "") == text.replace(" ", "")
     for part in ("<script>window.hit = 1</script>", "onerror='window.hit = 1'", "&lt;script&gt;", "srcdoc="):
         assert part in page.text(".words") and part in page.text(".thought-text")
@@ -107,14 +107,12 @@ def test_a_text_that_grew_looks_like_one_that_came_whole_and_none_takes_long(pag
             }
             return false;
         });
-        const began = performance.now();
-        for (const sign of a[1]) whole(sign.repeat(5000)), whole((sign + "\\n").repeat(1000));
-        return [wrong, performance.now() - began];""",
+        for (const sign of a[1]) whole(sign.repeat(20000)), whole((sign + "\\n").repeat(1000));
+        return wrong;""",
         texts,
         signs,
     )
-    assert found[0] == []
-    assert found[1] < 60_000  # milliseconds; a few hundred when every mark looks only so far
+    assert found == []  # and within the driver's half minute
 
 
 def test_events_are_the_same_however_the_network_cuts_them(page):
