@@ -281,3 +281,19 @@ def test_logprobs_are_of_the_tokens_said_and_top_of_the_model_alone():
     assert [[token for token, _ in place] for place in told.top] == [[4, 3], [0, 1], [2, told.top[2][1][0]]]
     assert [token for token, _ in ranked.top[0]] == [4, 3, 2]
     assert ranked.top[0][1][1] == pytest.approx(float(model[0, 3]))
+
+
+def test_greedy_in_one_call_is_greedy_step_by_step():
+    """Rows that ask for no more than the likeliest say what they say when they ask for log-probabilities too."""
+    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(5))
+    likeliest = logits[:, :6].argmax(-1).tolist()
+    drafts = [(likeliest[0], likeliest[1], 0), (), (likeliest[5], 5, 6)]
+    short, long = (
+        [Ask(Sampling(temperature=0, logprobs=logprobs), b"k", 0, drafts=own) for own in drafts]
+        for logprobs in (False, True)
+    )
+    assert choosing.plain_greedy(logits, short, 6) == likeliest and choosing.plain_greedy(logits, long, 6) is None
+    for one, other in zip(choose(logits, short, 6), choose(logits, long, 6), strict=True):
+        assert (one.tokens, one.accepted) == (other.tokens, other.accepted)
+    logits[4, 2] = torch.nan
+    assert [choice.refusal is None for choice in choose(logits, short, 6)] == [True, False, True]

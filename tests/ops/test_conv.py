@@ -67,3 +67,18 @@ def test_tail_carries_on(length, borders):
     tail = conv.next_tail(x[:, :length], TAPS, None, seg[:, :length])
     after = seg[:, length:] - seg[:, length - 1 : length]
     near(conv.causal_conv_silu(x[:, length:], weight, None, tail, after), whole[:, length:], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@torch.no_grad()
+def test_few_tokens_and_the_tail_after_any_of_them(dtype, bias):
+    x, tail = drawn(3, 6, CHANNELS, dtype=dtype, seed=1), drawn(3, TAPS - 1, CHANNELS, dtype=dtype, seed=2)
+    weight = drawn(CHANNELS, TAPS, dtype=dtype, seed=3)
+    bias_C = drawn(CHANNELS, dtype=dtype, seed=4) if bias else None
+    y, window = conv.causal_conv_silu_few(x, weight, bias_C, tail)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2e-2)
+    near(y, conv.causal_conv_silu(x, weight, bias_C, tail), tolerance)
+    for counts in ([0, 0, 0], [6, 6, 6], [0, 2, 6]):
+        expected = conv.next_tail(x, TAPS, tail, None, torch.tensor(counts))
+        assert torch.equal(conv.tail_after(window, TAPS, counts), expected)

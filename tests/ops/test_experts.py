@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.agree import DTYPES, LENGTHS, agree, drawn
+from tests.ops.agree import DTYPES, LENGTHS, agree, drawn, near
 from trimaran.ops import experts
 
 EXPERTS, CHOSEN, WIDTH = 8, 3, 16
@@ -43,6 +43,29 @@ def test_grouped_equals_dense(align, tokens, dtype, busy, hidden):
         drawn(EXPERTS, hidden, WIDTH, dtype=dtype, seed=3, scale=0.3),
         drawn(EXPERTS, WIDTH, hidden, dtype=dtype, seed=4, scale=0.3),
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@torch.no_grad()
+def test_everyone_equals_dense(tokens, dtype):
+    """Without a gradient few tokens of small experts go through all of them."""
+    ids = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens)).topk(CHOSEN).indices
+    x, weights = drawn(tokens, WIDTH, dtype=dtype, seed=1), drawn(tokens, CHOSEN, dtype=dtype, seed=2)
+    up, down = drawn(EXPERTS, 24, WIDTH, dtype=dtype, seed=3), drawn(EXPERTS, WIDTH, 24, dtype=dtype, seed=4)
+    plan = experts.plan(ids, weights, EXPERTS, 2 * 24 * WIDTH)
+    assert isinstance(plan, experts.Everyone)
+    rows = experts.through_experts(experts.to_experts(x, plan), up, plan).relu().square()
+    out = experts.from_experts(experts.through_experts(rows, down, plan), plan)
+    near(out, dense(ids)(x, weights, up, down), 1e-11 if dtype == torch.float64 else 1e-3)
+
+
+def test_large_experts_and_gradients_want_an_order():
+    ids, weights = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    assert isinstance(experts.plan(ids, weights, EXPERTS, 64), experts.Dispatch)
+    with torch.no_grad():
+        assert isinstance(experts.plan(ids, weights, EXPERTS, 64), experts.Everyone)
+        assert isinstance(experts.plan(ids, weights, EXPERTS, 1 << 20), experts.Dispatch)
 
 
 def test_spare_rows_are_bounded_and_every_choice_has_its_own_row():

@@ -94,3 +94,18 @@ def test_fold_equals_recurrence(length, dtype):
 
 
 FOLD = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5}  # the state is never held in bf16
+
+
+@pytest.mark.parametrize("length", [1, 2, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_steps_equal_recurrence_after_every_token(length, dtype):
+    x, dt, A, B, C, state, _ = operands(length, dtype, True, False)
+    before = state.clone()
+    y, states = ssd.ssd_steps(x, dt, A, B, C, state)
+    assert torch.equal(state, before)
+    for kept in range(1, length + 1):
+        exact = (t.double() for t in (x[:, :kept], dt[:, :kept], A, B[:, :kept], C[:, :kept], state))
+        expected, last = ssd.ssd_recurrence(*exact)
+        near(y[:, :kept], expected, TOLERANCE[dtype])
+        near(states[kept - 1], last, FOLD[dtype])
