@@ -5,9 +5,10 @@
     view.keep([5, 1, 2])                                 # of c's four tokens two stay, the rest never happened
 
 To the layers it is a state like any other. Attention writes the new keys and values into pages and reads along a plan
-(engine/reach.py). Mamba layers run segments of equal length as one batch, in place where their slots are neighbours; a
+(engine/reach.py). Mamba layers run segments of equal length as one batch, in place where their slots are neighbours. A
 trial writes nothing to a slot until `keep` says what stays: small states are kept after each of the trial's tokens, and
-the last that stays is copied; large ones are folded from what its tokens would have written. If a pass raises, the sequences of segments that are no trials are unusable: close them.
+the last that stays is copied; large ones are folded from what its tokens would have written. If a pass raises, the
+sequences of segments that are no trials are unusable: close them.
 
 Shapes: N tokens of all segments, S segments of one group, K tokens of each.
 """
