@@ -1,15 +1,22 @@
 """How long each verb takes from the command to its end, medians over runs of the real program.
 
-    python benchmarks/verbs.py runs/demo
+    python benchmarks/verbs.py runs/demo            # a run folder that `trimaran demo` left
+    python benchmarks/verbs.py runs/demo --demo     # and once `trimaran demo` itself, about three minutes
 
-`runs/demo` is what `trimaran demo` left; its own time is read from there. Writes benchmarks/results/verbs.json.
+Writes benchmarks/results/verbs.json; without --demo the file keeps the demo's time.
 """
 
+import argparse
+import contextlib
 import json
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from trimaran.report import environment
@@ -29,19 +36,61 @@ def seconds(command: list[str], said: str = "") -> float:
     return round(statistics.median(taken), 2)
 
 
+def until_served(command: list[str]) -> float:
+    """Median wall time from `trimaran serve` to its first healthy answer."""
+    taken = []
+    for _ in range(REPEAT):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        began = time.perf_counter()
+        with subprocess.Popen([*command, f"serve.port={port}"], stdout=subprocess.DEVNULL) as server:
+            while not healthy(port) and server.poll() is None:
+                time.sleep(0.01)
+            taken.append(time.perf_counter() - began)
+            server.terminate()
+        if server.returncode:
+            raise SystemExit(f"trimaran serve ended with {server.returncode}")
+    return round(statistics.median(taken), 2)
+
+
+def healthy(port: int) -> bool:
+    with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
+    return False
+
+
+def demo(trimaran: list[str]) -> dict[str, float]:
+    """One `trimaran demo` from nothing: seconds of the whole command, and of the training in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        subprocess.run([*trimaran, "demo", f"run={folder}/demo"], check=True, capture_output=True)
+        whole = time.perf_counter() - began
+        result = json.loads((Path(folder) / "demo" / RESULT).read_text(encoding="utf-8"))
+    return {"whole": round(whole, 1), "training": round(result["wall_s"], 1), "cpu": round(result["cpu_s"], 1)}
+
+
 def main() -> None:
-    run = sys.argv[1]
-    trimaran = [str(Path(sys.executable).with_name("trimaran"))]
-    found = {
-        "trimaran --help": seconds([*trimaran, "--help"]),
-        "trimaran show nano-3": seconds([*trimaran, "show", "nano-3"]),
-        "trimaran show super-3": seconds([*trimaran, "show", "super-3"]),
-        "trimaran generate, 1 token": seconds([*trimaran, "generate", run, "def ", "max_tokens=1"]),
-        "trimaran generate, 128 tokens": seconds([*trimaran, "generate", run, "def ", "max_tokens=128", "seed=0"]),
-        "trimaran chat, one line, 64 tokens": seconds([*trimaran, "chat", run, "max_tokens=64"], "class Queue:\n"),
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--demo", action="store_true")
+    asked = parser.parse_args()
+    run, trimaran = str(asked.run), [str(Path(sys.executable).with_name("trimaran"))]
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")).get("demo_s") if RESULTS.is_file() else None
+    document = {
+        "seconds": {
+            "trimaran --help": seconds([*trimaran, "--help"]),
+            "trimaran show nano-3": seconds([*trimaran, "show", "nano-3"]),
+            "trimaran show super-3": seconds([*trimaran, "show", "super-3"]),
+            "trimaran generate, 1 token": seconds([*trimaran, "generate", run, "def ", "max_tokens=1"]),
+            "trimaran generate, 128 tokens": seconds([*trimaran, "generate", run, "def ", "max_tokens=128", "seed=0"]),
+            "trimaran chat, one line, 64 tokens": seconds([*trimaran, "chat", run, "max_tokens=64"], "class Queue:\n"),
+            "trimaran serve, until it answers": until_served([*trimaran, "serve", run]),
+        },
+        "repeat": REPEAT,
+        "demo_s": demo(trimaran) if asked.demo else kept,
+        "made_on": environment(),
     }
-    demo = json.loads((Path(run) / RESULT).read_text(encoding="utf-8"))
-    document = {"seconds": found, "repeat": REPEAT, "demo_training_s": demo["wall_s"], "made_on": environment()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))

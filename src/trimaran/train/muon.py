@@ -43,40 +43,42 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def step_matrices(self, group: dict[str, Any]) -> None:
-        """Muon's step; matrices of one shape, an expert's among them, go through the iteration together."""
+        """Muon's step; matrices of one shape, lying or standing, go through the iteration together."""
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
+        for weight in weights:
+            if not self.state[weight]:  # AdamW looks for a count in every state that it loads
+                self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
+        gradients = [weight.grad for weight in weights]
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1)
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:  # AdamW looks for a count in every state that it loads
-                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(weight)
-            state["step"] += 1
-            state["momentum"].lerp_(weight.grad, 1 - self.momentum)
-            rows, columns = weight.shape[-2:]
-            alike[rows, columns].append((weight, weight.grad.lerp(state["momentum"], self.momentum)))
+        for weight, u in zip(weights, torch._foreach_lerp(gradients, momenta, self.momentum)):
+            lying = u if u.shape[-2] <= u.shape[-1] else u.mT
+            alike[lying.shape[-2], lying.shape[-1]].append((weight, lying))
             weight.grad = None  # spent: AdamW passes it by
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), members in alike.items():
             updates = orthogonalised(torch.cat([u.reshape(-1, rows, columns) for _, u in members]), self.dtype)
-            rate = group["lr"] * LIKE_ADAMW * math.sqrt(max(rows, columns))
+            rate = group["lr"] * LIKE_ADAMW * math.sqrt(columns)
             for (weight, u), update in zip(members, updates.split([u.numel() // (rows * columns) for _, u in members])):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view_as(u).to(weight.dtype), alpha=-rate)
+                update = update.view(u.shape)
+                weight.add_(update if u.shape == weight.shape else update.mT, alpha=-rate)
 
 
 def orthogonalised(u_SRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrices [S, R, C] with their singular vectors kept and their singular values near 1, in `dtype`.
+    """The matrices [S, R, C], R <= C, with their singular vectors kept and their singular values near 1, in `dtype`.
 
     A matrix of zeros stays one.
     """
-    tall = u_SRC.shape[-2] > u_SRC.shape[-1]
-    x = u_SRC.mT if tall else u_SRC
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).to(dtype)
+    x = (u_SRC / u_SRC.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(u_SRC.dtype).tiny)).to(dtype)
     a, b, c = ITERATION
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 def matrices(model: nn.Module) -> set[Tensor]:
