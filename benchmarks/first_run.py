@@ -22,7 +22,7 @@ from trimaran.data.shards import TokenShards
 from trimaran.demo import bigram
 from trimaran.demo.run import ATTENTION_ONLY, CONTROL, HYBRID
 from trimaran.report import environment
-from trimaran.train.pretrain import RESULT
+from trimaran.train.folder import RESULT
 
 RESULTS = Path(__file__).parent / "results" / "first_run.json"
 RECIPES = {"hybrid": HYBRID, "attention": ATTENTION_ONLY}

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 from trimaran.report import environment
-from trimaran.train.pretrain import RESULT
+from trimaran.train.folder import RESULT
 
 RESULTS = Path(__file__).parent / "results" / "verbs.json"
 REPEAT = 5

@@ -11,8 +11,8 @@ SOURCE = ROOT / "src" / "trimaran"
 
 # In the order of DESIGN.md. A room may import the rooms before it and itself.
 STREET = [
-    *("errors", "disk", "config", "report", "ops", "model", "text", "data", "parallel", "quant", "train", "plan"),
-    *("engine", "serve", "tasks", "evals", "rl", "compress", "curate", "speech", "studies", "demo"),
+    *("errors", "disk", "config", "report", "ops", "model", "text", "tasks", "data", "parallel", "quant", "train"),
+    *("plan", "engine", "serve", "evals", "rl", "compress", "curate", "speech", "studies", "demo"),
 ]
 TORCH_FREE = {"errors", "disk", "config", "report", "text", "tasks"}
 # What the doors may import.

@@ -108,6 +108,10 @@ class Loader:
             self.epochs[cursor] = held
         return held
 
+    def observed(self) -> dict[str, float]:
+        """What is worth a line in the metrics about the batch just drawn: nothing."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON holds it: counts, and what the data was, so that other data is refused on loading."""
         return {

@@ -15,6 +15,7 @@ from trimaran.model.hybrid import HybridModel
 from trimaran.report import curve_terminal, say, series
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import pretrain
+from trimaran.train.folder import RESULT
 from trimaran.train.recipe import PretrainRecipe
 
 HERE = Path(__file__).parent
@@ -37,7 +38,7 @@ def main(target: None, overrides: list[str]) -> int:
 
 def report(folder: Path) -> None:
     """The loss curve, the comparison, drafting and samples of a finished run."""
-    result = json.loads((folder / pretrain.RESULT).read_text(encoding="utf-8"))
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     say("\n" + curve_terminal(series(folder / "metrics.jsonl", train="loss"), title="loss, nats per token"))
     say("\nHeld-out packages (email, http, logging), bits per byte; lower is better")
     for line in comparison(folder, result):

@@ -9,34 +9,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from trimaran.data.batch import Batch
 from trimaran.data.evaluation import Windows
-from trimaran.data.loader import Loader
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
 from trimaran.report import Progress, say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint
 from trimaran.train.interrupt import Interrupts
-from trimaran.train.objective import Streams
 from trimaran.train.optim import clip, set_learning_rate
 from trimaran.train.recipe import TrainSettings
 from trimaran.train.validate import evaluate
 
 
-class Objective(Protocol):
-    """What a step minimises; see `objective.Pretraining`."""
+class Rows(Protocol):
+    """Tensors [B, T] of one step: `data.batch.Batch`, `objective.Streams`, and what other objectives make of them."""
 
-    def streams(self, batch: Batch, step: int) -> Streams: ...
-    def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]: ...
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    def to(self, device: torch.device) -> Self: ...
+    def rows(self, start: int, stop: int) -> Self: ...
+
+
+class Source(Protocol):
+    """Where batches come from, with a position that can be saved; see `data.loader.Loader`."""
+
+    def __next__(self) -> Any: ...
+    def observed(self) -> Mapping[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Objective(Protocol):
+    """What a step minimises; see `objective.Pretraining`. Its streams are `Rows`, whatever else they hold."""
+
+    def streams(self, batch: Any, step: int) -> Any: ...
+    def terms(self, part: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
     def observed(self) -> Mapping[str, Tensor]: ...
     def after_step(self) -> None: ...
     def abandon(self) -> None: ...
+
+
+R = TypeVar("R", bound=Rows)
 
 
 class Diverged(Refusal):
@@ -52,7 +70,7 @@ class Run:
     model: HybridModel
     objective: Objective
     optimizer: torch.optim.Optimizer
-    loader: Loader
+    loader: Source
     held_out: Sequence[Windows] = ()
     tokenizer: Tokenizer | None = None
     label: str = "train"
@@ -82,7 +100,7 @@ def fit(run: Run) -> int:
             while run.step < settings.steps and interrupts.asked is None:
                 batch = next(run.loader)
                 lr = schedule(run.step)
-                values = train_step(run, batch, lr)
+                values = {**run.loader.observed(), **train_step(run, batch, lr)}
                 run.step += 1
                 if run.held_out and due(run.step, settings.eval_every, settings.steps):
                     values |= held_out(run)
@@ -99,7 +117,7 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def train_step(run: Run, batch: Batch, lr: float) -> dict[str, float]:
+def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     """One update of the weights; returns what it saw, as plain numbers.
 
     Reading those is the one wait for the device in a step: nothing may be updated before they are known to be finite.
@@ -127,7 +145,7 @@ def train_step(run: Run, batch: Batch, lr: float) -> dict[str, float]:
     return values
 
 
-def parts(streams: Streams, count: int) -> list[Streams]:
+def parts(streams: R, count: int) -> list[R]:
     """The rows in `count` parts as equal as can be, or one row each where there are fewer."""
     rows = len(streams.tokens_BT)
     if count == 1:
@@ -147,11 +165,11 @@ def held_out(run: Run) -> dict[str, float]:
     return {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
 
 
-def diverged(run: Run, batch: Batch, lr: float, values: Mapping[str, float]) -> Diverged:
+def diverged(run: Run, batch: Rows, lr: float, values: Mapping[str, float]) -> Diverged:
     """Saves the batch that led to it, and the error that says so."""
     path = run.folder / f"diverged-step-{run.step + 1}.safetensors"
     with writing(path):
-        checkpoint.save_tensors(dict(vars(batch)), path)
+        checkpoint.save_tensors({name: value for name, value in vars(batch).items() if torch.is_tensor(value)}, path)
     wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
     found = f"step {run.step + 1} gave {wrong} at learning rate {lr:.2e}; nothing was updated"
     step = f"look at the batch in {path}, or begin another run with a lower train.lr or train.clip"

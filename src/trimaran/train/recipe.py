@@ -176,9 +176,14 @@ PLACES = ("run", "data.path", "data.sources", "data.held_out_path", "tokenizer.p
 FREE = (*PLACES, "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep")
 
 
-def check_same(recipe: PretrainRecipe, path: Path) -> None:
+def check_same(recipe: Settings, path: Path) -> None:
     """Refuses a recipe that would go on with the run whose recipe is at `path` in another way."""
-    before, now = (flat(config.plain(one)) for one in (config.load(PretrainRecipe, path), recipe))
+    stage, begun = getattr(recipe, "stage", None), config.read(path).get("stage")
+    if stage != begun:
+        raise Refusal(
+            f"stage = {stage!r}, but {path.parent} is of stage {begun!r}", f"{begun!r}", "name another: run=…"
+        )
+    before, now = (flat(config.plain(one)) for one in (config.load(type(recipe), path), recipe))
     for key in {**before, **now}:
         free = any(key == one or key.startswith(one + ".") for one in FREE)
         if not free and before.get(key) != now.get(key):
