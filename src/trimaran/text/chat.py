@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
@@ -19,9 +20,10 @@ from trimaran.errors import Refusal
 from trimaran.text.template import NEMOTRON_3, Message, compiled, fill, render
 from trimaran.text.tokenizer import Tokenizer
 
-__all__ = ["EncodedChat", "encode_chat", "render"]
+__all__ = ["EncodedChat", "answer_prompts", "encode_chat", "render"]
 
 Span = tuple[int, int]
+CHANGED = ("thinking", "tools", "generation_prompt")  # options that `generation_prompts` sets itself
 
 OWN_THOUGHTS = re.compile(r"\s*(<think>)(?:(?!</?think>).)*(</think>)", re.DOTALL)  # a pair that opens the content
 GENERATION = (
@@ -142,13 +144,9 @@ def spans_of(
     if GENERATION[0] in text:
         return marked_spans(text)
     wanted = sum(message.get("role") == "assistant" for message in messages)
-    ends = [name for name in tokenizer.controls if tokenizer.controls[name] in tokenizer.stop_ids]
-    end = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
+    end = turn_end(tokenizer)
     spans, at = [], 0
-    prompts = generation_prompts(template, options, end) if wanted else []
-    # a prompt without a control token could be spelt by a message, so it marks nothing
-    prompts = [prompt for prompt in prompts if any(name in prompt for name in tokenizer.controls)]
-    prompt = re.compile("|".join(map(re.escape, prompts)) or r"(?!)")
+    prompt = re.compile("|".join(map(re.escape, beginnings(tokenizer, template, options) if wanted else ())) or r"(?!)")
     while (found := prompt.search(text, at)) and (stop := end.search(text, found.end())):
         spans.append((found.end(), stop.end()))
         at = stop.end()
@@ -158,7 +156,34 @@ def spans_of(
     return text, spans
 
 
-def generation_prompts(template: jinja2.Template, options: dict[str, Any], end: re.Pattern[str]) -> list[str]:
+def turn_end(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds the tokens that end a turn or a text."""
+    stops = tokenizer.stop_ids
+    ends = [name for name, identity in tokenizer.controls.items() if identity in stops]
+    return re.compile("|".join(map(re.escape, ends)) or r"(?!)")
+
+
+def answer_prompts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """How answers begin by the tokenizer's own template, before the model's own words, longest first: one way where it
+    cannot turn thinking off, none where it has no generation prompt."""
+    source = tokenizer.template or NEMOTRON_3.read_text(encoding="utf-8")
+    roles = {f"{role}_token": tokenizer.config.get(f"{role}_token") or "" for role in ("bos", "eos", "pad")}
+    return beginnings(tokenizer, compiled(source, marks=GENERATION), roles)
+
+
+def beginnings(tokenizer: Tokenizer, template: jinja2.Template, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """`generation_prompts` that no message can spell: those with a control token."""
+    settings = {name: value for name, value in options.items() if name not in CHANGED}
+    plain = all(value is None or isinstance(value, str | int | float) for value in settings.values())
+    ask = generation_prompts if plain else generation_prompts.__wrapped__  # what cannot be hashed is not remembered
+    prompts = ask(template, tuple(sorted(settings.items())), turn_end(tokenizer))
+    return tuple(prompt for prompt in prompts if any(name in prompt for name in tokenizer.controls))
+
+
+@lru_cache(maxsize=64)
+def generation_prompts(
+    template: jinja2.Template, options: tuple[tuple[str, Any], ...], end: re.Pattern[str]
+) -> tuple[str, ...]:
     """How an answer may begin before the model's own words, longest first: thinking, not thinking, what both share.
 
     A template that ignores `add_generation_prompt` may prompt always: then it is all that follows the question's end.
@@ -166,12 +191,12 @@ def generation_prompts(template: jinja2.Template, options: dict[str, Any], end: 
     question = [{"role": "user", "content": "?"}]
     endings = []
     for thinking in (True, False):
-        settings = options | {"thinking": thinking, "tools": None}
+        settings = dict(options) | {"thinking": thinking, "tools": None}
         without = fill(template, question, settings | {"generation_prompt": False})
         prompt = fill(template, question, settings | {"generation_prompt": True}).removeprefix(without)
         endings.append(prompt or end.split(without)[-1])
     shared = commonprefix(endings)  # noqa: RUF071 (characters are what is meant)
-    return sorted({*endings, shared}, key=len, reverse=True)
+    return tuple(sorted({*endings, shared}, key=len, reverse=True))
 
 
 def marked_spans(text: str) -> tuple[str, list[Span]]:
