@@ -1,0 +1,1 @@
+"""Scored rollouts of a model, turned into what it learns from."""

@@ -1,0 +1,85 @@
+"""`trimaran train` with a recipe of stage "rl": a model answers, is scored, and learns what scored better."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimaran.engine.engine import Engine
+from trimaran.errors import Refusal
+from trimaran.model import hub
+from trimaran.model.hybrid import HybridModel
+from trimaran.ops.memory import keep_freed_memory
+from trimaran.report import read_metrics, say
+from trimaran.rl.objective import PolicyGradient
+from trimaran.rl.recipe import RLRecipe
+from trimaran.rl.records import Records
+from trimaran.rl.rollout import check_tasks
+from trimaran.rl.source import Rollouts
+from trimaran.text.tokenizer import Tokenizer
+from trimaran.train.folder import absolute, carry_out, saved
+from trimaran.train.loop import Run
+from trimaran.train.prepare import optimizer_of, place
+
+
+def main(recipe: RLRecipe) -> int:
+    """Carries out a recipe, or what is left of it; returns the exit code (see `loop.fit`).
+
+    The run folder ends as a hub folder, with rollouts.jsonl and transcripts.md beside what every run leaves.
+    """
+    keep_freed_memory()
+    recipe = located(recipe)
+    return carry_out(recipe, lambda: begin(recipe), finish)
+
+
+def located(recipe: RLRecipe) -> RLRecipe:
+    """The recipe with absolute paths, so that its copy in the run folder means the same from anywhere."""
+    curriculum = recipe.curriculum.replace(profile=absolute(recipe.curriculum.profile))
+    paths = {"start": absolute(recipe.start), "run": absolute(recipe.run)}
+    return recipe.model_copy(update={**paths, "curriculum": curriculum})
+
+
+def begin(recipe: RLRecipe) -> Run:
+    """A run at its first step. Raises Refusal for what cannot work, before anything is rolled out."""
+    tasks = {name: one.open() for name, one in recipe.environments.items()}
+    check_tasks(tasks.values())
+    tokenizer, model = opened(recipe.start, recipe.train.device)
+    tokenizer.save(recipe.run)
+    torch.manual_seed(recipe.seed)
+    settings = recipe.train
+    objective = PolicyGradient(
+        model,
+        recipe.policy,
+        temperature=recipe.rollouts.temperature,
+        router_bias_rate=settings.router_bias_rate,
+    )
+    reference = opened(recipe.start, settings.device)[1].requires_grad_(False) if recipe.policy.kl else None
+    engine = Engine(model, tokenizer, recipe.engine)
+    records = Records(Path(recipe.run), tokenizer, recipe.logs)
+    source = Rollouts(recipe, model, engine, tasks, records, reference)
+    counts = ", ".join(f"{count} of {name}" for name, count in source.curriculum.counts.items())
+    say(f"a batch: {recipe.rollouts.samples} rollouts each of {counts}; updates made of it: {recipe.updates}")
+    optimizer = optimizer_of(settings, model)
+    return Run(Path(recipe.run), settings, model, objective, optimizer, source, (), tokenizer, "rl")
+
+
+def opened(start: str, device: str) -> tuple[Tokenizer, HybridModel]:
+    """Tokenizer and model of a folder, in fp32. Refuses a tokenizer that spells more than the model knows."""
+    path = Path(start)
+    if not path.is_dir():
+        raise Refusal(f"start = {start!r}, which is no folder", "a run or hub folder", "train one, or correct the path")
+    tokenizer = Tokenizer.load(path)
+    model = hub.load(path, dtype=torch.float32, device=place(device))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        found = f"a tokenizer of {tokenizer.vocab_size} tokens for a model that knows {model.config.vocab_size}"
+        raise Refusal(found, "the model's own tokenizer", "correct start")
+    return tokenizer, model
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """The folder as `folder.saved` leaves it, and a word on what was reached."""
+    result = saved(run)
+    rewards = [one["reward"] for one in read_metrics(run.folder / "metrics.jsonl") if "reward" in one]
+    if rewards:
+        say(f"mean reward of a batch: {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last")
+    return result

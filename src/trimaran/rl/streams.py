@@ -1,0 +1,144 @@
+"""From rollouts to rows of tokens: all that the objective of a policy knows.
+
+Rollouts are packed tightly, best fit first, each whole in one row. A place reads the token ids[t] and predicts
+ids[t + 1]; it counts where the model chose that token itself.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimaran.rl.rollout import Rollout
+
+ROUND = 32  # rows are this or a multiple of it long: CPU matrix kernels are made anew for every other shape
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rollout to learn from. advantage: of all its tokens; weight: of each of its tokens in the loss.
+
+    proximal, reference, teacher: log-probabilities of `rollout.said` under other weights, None where nobody asked.
+    """
+
+    rollout: Rollout
+    advantage: float
+    weight: float
+    proximal: tuple[float, ...] | None = None
+    reference: tuple[float, ...] | None = None
+    teacher: tuple[float, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens to read: up to the one before the last that was chosen."""
+        return self.rollout.said[-1]
+
+
+@dataclass(frozen=True)
+class PolicyStreams:
+    """A step's rows, or some of them; every stream is [B, T].
+
+    targets_BT: the next token; weights_BT: of its term in the loss, 0 where the model did not choose it; over a step
+    they sum to the share of its tokens that are trained on (`trained`). rollouts_BT: which rollout of the step a place
+    belongs to (-1: padding). behaviour, proximal, reference, teacher: log-probabilities of the targets under the
+    sampler, under the weights before the first update of the batch (None: the present ones), under the model that the
+    run began with, and under a teacher.
+    """
+
+    tokens_BT: Tensor
+    doc_ids_BT: Tensor
+    targets_BT: Tensor
+    weights_BT: Tensor
+    advantages_BT: Tensor
+    behaviour_BT: Tensor
+    rollouts_BT: Tensor
+    proximal_BT: Tensor | None = None
+    reference_BT: Tensor | None = None
+    teacher_BT: Tensor | None = None
+    trained: float = 1.0
+
+    def rows(self, start: int, stop: int) -> "PolicyStreams":
+        """Rows from `start` to `stop`."""
+        return self._each(lambda stream: stream[start:stop])
+
+    def to(self, device: torch.device) -> "PolicyStreams":
+        """The same on `device`."""
+        return self._each(lambda stream: stream.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PolicyStreams":
+        streams = {one.name: getattr(self, one.name) for one in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in streams.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+
+def pack(examples: Sequence[Example], row: int, pad_id: int) -> PolicyStreams:
+    """Rows of `row` tokens, or as long as the longest rollout, with the streams that the examples have."""
+    width = -(-max(row, *(one.length for one in examples)) // ROUND) * ROUND
+    places = best_fit([one.length for one in examples], width)
+    if (rows := 1 + max(number for number, _ in places)) == 1:  # a single row need not be longer than what it holds
+        width = -(-sum(one.length for one in examples) // ROUND) * ROUND
+    empty = torch.zeros(rows, width)
+    streams = PolicyStreams(
+        tokens_BT=torch.full((rows, width), pad_id),
+        doc_ids_BT=torch.full((rows, width), -1, dtype=torch.int32),
+        targets_BT=torch.full((rows, width), pad_id),
+        weights_BT=empty.clone(),
+        advantages_BT=empty.clone(),
+        behaviour_BT=empty.clone(),
+        rollouts_BT=torch.full((rows, width), -1),
+        **{f"{name}_BT": empty.clone() for name in ("proximal", "reference", "teacher") if has(examples, name)},
+        trained=float(sum(one.weight * len(one.rollout.said) for one in examples)),
+    )
+    for number, (example, place) in enumerate(zip(examples, places, strict=True)):
+        write(streams, number, example, *place)
+    return streams
+
+
+def has(examples: Sequence[Example], name: str) -> bool:
+    return all(getattr(one, name) is not None for one in examples)
+
+
+def write(streams: PolicyStreams, number: int, example: Example, row: int, start: int) -> None:
+    """Puts an example into its place."""
+    ids = torch.tensor(example.rollout.ids[: example.length + 1])
+    here = slice(start, start + example.length)
+    streams.tokens_BT[row, here], streams.targets_BT[row, here] = ids[:-1], ids[1:]
+    streams.doc_ids_BT[row, here] = number
+    streams.rollouts_BT[row, here] = number
+    said = torch.tensor(example.rollout.said) + start - 1
+    streams.weights_BT[row, said] = example.weight
+    streams.advantages_BT[row, said] = example.advantage
+    streams.behaviour_BT[row, said] = torch.tensor(example.rollout.logprobs)
+    for name in ("proximal", "reference", "teacher"):
+        if (stream := getattr(streams, f"{name}_BT")) is not None:
+            stream[row, said] = torch.tensor(getattr(example, name))
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """(row, start) of each length, in rows of `width`: the longest first, each where it leaves the least room."""
+    places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
+    free: list[tuple[int, int]] = []  # (room, row), rising
+    rows = 0
+    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        length = lengths[number]
+        found = bisect_left(free, (length, -1))
+        room, row = free.pop(found) if found < len(free) else (width, rows)
+        rows = max(rows, row + 1)
+        places[number] = (row, width - room)
+        left = (room - length, row)
+        free.insert(bisect_left(free, left), left)
+    return places
+
+
+def unpack(stream_BT: Tensor, streams: PolicyStreams, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+    """What `stream_BT` has at the chosen tokens of each example packed into `streams`."""
+    found = []
+    for number, example in enumerate(examples):
+        values = stream_BT[streams.rollouts_BT == number].cpu()  # a rollout lies whole in one row
+        found.append(tuple(values[torch.tensor(example.rollout.said) - 1].tolist()))
+    return found
