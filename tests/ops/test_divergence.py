@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.agree import DTYPES, LENGTHS, drawn, near
-from tests.ops.test_loss import TOLERANCE, VOCAB, WIDTH, head
+from tests.ops.test_loss import TOLERANCE, WIDTH, head
 from trimaran.ops.divergence import forward_kl, forward_kl_reference
 
 

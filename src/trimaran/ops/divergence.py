@@ -1,6 +1,6 @@
 """Forward KL from a teacher's law to a student's over a large vocabulary, a chunk of places at a time.
 
-    T^2 * sum_m w_m sum_v p_mv (log p_mv - log q_mv),    p = softmax(teacher logits / T), q = softmax(student logits / T)
+    T^2 * sum_m w_m sum_v p_mv (log p_mv - log q_mv)     p = softmax(teacher / T), q = softmax(student / T)
 
 T softens both laws, and T^2 keeps the size of the gradient (Hinton et al., arXiv 1503.02531):
 
