@@ -259,7 +259,7 @@ def test_a_row_without_a_choice_is_refused_and_its_neighbours_are_not():
     ]
     for settings in (GREEDY, Sampling(temperature=1e-6)):
         choices = choose(logits, [replace(ask, settings=settings) for ask in asks])
-        assert [choice.tokens for choice in choices] == [[], [], [], [4, 0]]
+        assert [choice.tokens for choice in choices] == [[4], [], [], [4, 0]]
         found = [choice.refusal.found for choice in choices[:3]]
         assert found[:2] == [f"no token that the row's rules allow after {n} of its own" for n in (1, 0)]
         assert found[2] == "logits that are no numbers"

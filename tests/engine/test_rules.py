@@ -1,6 +1,7 @@
 """Constraints and budgets in the engine: the tokens of plain generation under the same rules, drafted for or not."""
 
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -14,6 +15,8 @@ from trimaran.engine.plain import generate
 from trimaran.engine.request import EngineSettings, Request
 from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
+
+LOST = Refusal("a word that is not in the script", "the script", "keep to it")
 
 
 @pytest.mark.parametrize(("drafter", "cache"), [("none", True), ("mtp", True), ("mtp", False), ("lookup", True)])
@@ -83,4 +86,63 @@ def test_rules_that_contradict_one_another_end_their_own_request(tokenizer):
     )
     said = [piece.output.tokens for piece in pieces if piece.output is not None]
     assert said == [output.tokens for output in generate(model, [good.prompt], good.sampling, tokenizer=tokenizer)]
+    at_rest(engine)
+
+
+class Script:
+    """A guide that cannot go on once it has been pushed a token that `said` does not hold at its place."""
+
+    ended = False
+
+    def __init__(self, said: Sequence[int], problem: Exception, silent: bool, read: int = 0):
+        self.said, self.problem, self.silent, self.read = said, problem, silent, read
+
+    def allowed(self) -> None:
+        if self.read is None and self.silent:
+            raise self.problem
+
+    def push(self, token: int) -> None:
+        right = self.read is not None and self.read < len(self.said) and self.said[self.read] == token
+        self.read = self.read + 1 if right else None
+        if not right and not self.silent:
+            raise self.problem
+
+    def fork(self) -> "Script":
+        return Script(self.said, self.problem, self.silent, self.read)
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
+@pytest.mark.parametrize("drafter", ["mtp", "lookup"])
+def test_what_a_guide_raises_along_a_draft_that_falls_never_happened(drafter, acceptance):
+    model, prompt = tiny("latent", vocab_size=5), (1, 2, 3, 1, 2, 3, 1, 2)
+    greedy = Sampling(temperature=0, max_tokens=12, seed=1, ignore_eos=True)
+    said = generate(model, [prompt], greedy)[0].tokens
+    engine = Engine(model, settings=EngineSettings(page=4, drafter=drafter, draft=3, acceptance=acceptance))
+    for problem, silent in ((LOST, True), (LOST, False), (KeyError("lost"), True), (KeyError("lost"), False)):
+        asked = Request(prompt, greedy, guide=lambda problem=problem, silent=silent: Script(said, problem, silent))
+        (output,) = engine.generate([asked])
+        assert output.tokens == said and output.drafted > output.accepted
+        # the same, where the row itself comes to the place
+        strayed = [*said[:4], (said[4] + 1) % 5]
+        asked = Request(prompt, greedy, guide=lambda p=problem, silent=silent, s=strayed: Script(s, p, silent))
+        with pytest.raises(type(problem)) as raised:
+            list(engine.generate([asked]))
+        assert raised.value is problem
+        at_rest(engine)
+
+
+@pytest.mark.parametrize("drafter", ["none", "mtp", "lookup"])
+def test_a_guide_that_cannot_go_on_past_the_end_of_a_text_is_not_asked(copier, pattern_prompts, tokenizer, drafter):
+    """The end lies among drafts that stand, some of them behind it."""
+    greedy = Sampling(temperature=0, max_tokens=20, seed=1, ignore_eos=True)
+    prompt = pattern_prompts()[0]
+    text = generate(copier, [prompt], greedy, tokenizer=tokenizer)[0].text
+    stopping = greedy.replace(stop=(text[5:8],))
+    expected = generate(copier, [prompt], stopping, tokenizer=tokenizer)[0]
+    assert expected.finish == "stop"
+    engine = Engine(copier, tokenizer, EngineSettings(page=4, drafter=drafter, draft=12))
+    guide = lambda: Script(expected.tokens, LOST, True)  # noqa: E731
+    (output,) = engine.generate([Request(tuple(prompt), stopping, guide=guide)])
+    assert (output.tokens, output.text, output.finish) == (expected.tokens, expected.text, "stop")
+    assert output.tokens == generate(copier, [prompt], stopping, tokenizer=tokenizer, guides=[guide])[0].tokens
     at_rest(engine)

@@ -77,7 +77,8 @@ class Choice:
 
     logprobs, law_logprobs: natural logarithms, under the model's own law and under the sampling law; top: the
     likeliest (id, log-probability) pairs of the model's law at each place; None unless the row asks. refusal: why the
-    row cannot go on (then tokens is empty); its neighbours are not touched by it.
+    row cannot go on after `tokens`, all of which are drafts that stand (it may end among them, and then never gets
+    there); its neighbours are not touched by it.
     """
 
     tokens: list[int]
@@ -115,7 +116,7 @@ def choose(
     choices = [Choice(said, count) for said, count in zip(tokens, accepted, strict=True)]
     for row, (ahead, refusal) in places.hopeless.items():
         if accepted[row] >= ahead:
-            choices[row] = Choice([], 0, refusal=refusal)
+            choices[row] = Choice(tokens[row][:ahead], ahead, refusal=refusal)
     return with_logprobs(places, choices)
 
 

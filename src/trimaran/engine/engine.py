@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimaran.engine.choose import Choice, choose
-from trimaran.engine.fenced import Fenced
+from trimaran.engine.fenced import Broken, Fenced
 from trimaran.engine.paged import PagedState, Segment
 from trimaran.engine.pages import Memory
 from trimaran.engine.prefix import PrefixCache
@@ -228,9 +228,11 @@ class Engine:
             text += row.push(token, choice.logprobs_at(ahead))
             if output.finish is not None:
                 break
-        failure = row.guide.failure if isinstance(row.guide, Fenced) else []
-        if failure or choice.refusal is not None:
-            return Piece(job.request.id, output.sample, [], "", error=failure[0] if failure else choice.refusal)
+        problem = row.guide.failure if isinstance(row.guide, Fenced) else None
+        if problem is None and output.finish is None:
+            problem = choice.refusal.problem if isinstance(choice.refusal, Broken) else choice.refusal
+        if problem is not None:
+            return Piece(job.request.id, output.sample, [], "", error=problem)
         accepted = min(len(tokens), choice.accepted)
         output.passes += 1
         output.drafted += len(share.drafts)

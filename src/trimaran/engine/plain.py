@@ -200,17 +200,14 @@ class Batch:
         """Chooses after each token just read, keeps what stands, lets finished rows leave; a piece per row."""
         logits_NV = self.model.head(hidden_BKD).flatten(0, 1)
         choices = choose(logits_NV, self.asks(drafts_Bk.tolist()), self.spelled)
-        for choice in choices:
-            if choice.refusal is not None:
-                raise choice.refusal
         k, device = drafts_Bk.shape[1], self.model.device
+        pieces = [self.push(place, choice, k) for place, choice in enumerate(choices)]
         self.unread_B = torch.tensor([len(choice.tokens) for choice in choices], device=device)
         if k:
             self.state.keep(self.unread_B)
         said = [choice.tokens + [0] * (k + 1 - len(choice.tokens)) for choice in choices]
         self.unread_hidden_BTD, self.unread_tokens_BT = hidden_BKD, torch.tensor(said, device=device)
         self.newest_B1 = self.unread_tokens_BT.gather(1, self.unread_B[:, None] - 1)
-        pieces = [self.push(place, choice, k) for place, choice in enumerate(choices)]
         self.leave()
         return pieces
 
@@ -225,6 +222,8 @@ class Batch:
             text += row.push(token, choice.logprobs_at(ahead))
             if output.finish is not None:
                 break
+        if choice.refusal is not None and output.finish is None:
+            raise choice.refusal
         output.accepted += min(len(tokens), choice.accepted)
         if self.seen_BV is not None:
             self.seen_BV[place, tokens] = True
