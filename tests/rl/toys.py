@@ -39,9 +39,9 @@ class Capitals(Task):
         return () if said >= self.turns else ({"role": "user", "content": "more"},)
 
     def score(self, trace: Trace) -> dict[str, float]:
-        if self.breaks and trace.prompt.split == "train" and trace.prompt.number >= 32:
-            if trace.prompt.number % self.breaks == 0:
-                raise ZeroDivisionError("the verifier broke")
+        number = trace.prompt.number
+        if self.breaks and number >= 32 and number % self.breaks == 0:  # past what `check` looks at
+            raise ZeroDivisionError("the verifier broke")
         return {REWARD: float(any("A" <= sign <= "Z" for sign in trace.answer))}
 
 
