@@ -117,7 +117,7 @@ def test_the_second_step_reads_what_drafting_reads():
 def test_nothing_but_the_draft_block_learns():
     model = tiny("latent").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    objective = healing(model, router_bias_rate=0.1, aux_loss=1e-2)
+    objective = healing(model, router_bias_rate=0.1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(12):

@@ -48,24 +48,22 @@ class Unrolled:
     following_BT: Tensor
     weights_BT: Tensor
     sources_BKT: Tensor
-    share: float = 1.0
 
     def rows(self, start: int, stop: int) -> "Unrolled":
         """Rows from `start` to `stop`."""
-        return self._each(lambda x: x[start:stop], self.share * (stop - start) / len(self.tokens_BT))
+        return self._each(lambda x: x[start:stop])
 
     def to(self, device: torch.device) -> "Unrolled":
         """The same on `device`."""
-        return self._each(lambda x: x.to(device, non_blocking=True), self.share)
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor], share: float) -> "Unrolled":
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Unrolled":
         return Unrolled(
             change(self.tokens_BT),
             change(self.doc_ids_BT),
             change(self.following_BT),
             change(self.weights_BT),
             change(self.sources_BKT),
-            share,
         )
 
 
@@ -100,12 +98,11 @@ class Healing:
         depth: int,
         temperature: float,
         seed: int,
-        aux_loss: float = 0.0,
         router_bias_rate: float = 0.0,
         chunk: int = 1024,
     ):
         self.model, self.depth, self.temperature, self.seed = model, depth, temperature, seed
-        self.aux_loss, self.chunk = aux_loss, chunk
+        self.chunk = chunk
         self.mtp = frozen_but_draft(model)
         self.balance = Balance(self.mtp, router_bias_rate)
 
@@ -132,10 +129,7 @@ class Healing:
         )
         reported = {"loss": loss.detach()}
         reported |= {f"kl_{k}": self.depth * one for k, one in enumerate(losses_K.unbind(), 1)}
-        balance = self.balance.collect()
-        if balance is not None and self.aux_loss:
-            total, _ = balance
-            loss = loss + self.aux_loss * part.share / self.depth * total
+        self.balance.collect()
         return loss, reported
 
     def observed(self) -> Mapping[str, Tensor]:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,8 +103,11 @@ def finished(folder: Path, steps: int) -> bool:
     return bool(result.get("steps") == steps)
 
 
-def saved(run: Run) -> dict[str, Any]:
-    """Makes the run folder a hub folder, draws the curve and writes result.json, which it returns."""
+def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Makes the run folder a hub folder, draws the curve and writes result.json, which it returns.
+
+    beside: what a stage has to add to the result.
+    """
     folder = run.folder
     hub.save(run.model, folder)
     metrics = folder / "metrics.jsonl"
@@ -115,6 +118,7 @@ def saved(run: Run) -> dict[str, Any]:
     kept = {name: last.get(name) for name in ("tokens", "loss", "held_out_loss", "bits_per_byte", "wall_s", "cpu_s")}
     sizes = count(run.model.config)
     result = {"steps": run.step, **kept, "parameters": sizes.total, "active": sizes.active, "made_on": environment()}
+    result |= beside or {}
     with writing(folder / RESULT):
         temporary = folder / f".{RESULT}"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
