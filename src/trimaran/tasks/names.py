@@ -6,7 +6,12 @@ from typing import Any
 from trimaran import config
 from trimaran.tasks.task import Task
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "arithmetic": "trimaran.tasks.arithmetic:Arithmetic",
+    "calls": "trimaran.tasks.calls:Calls",
+    "sorting": "trimaran.tasks.sorting:Sorting",
+    "transforms": "trimaran.tasks.transforms:Transforms",
+}
 
 
 def task(name: str, settings: Mapping[str, Any] | None = None) -> Task:
