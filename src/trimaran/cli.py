@@ -105,6 +105,8 @@ VERBS: dict[str, Verb] = {
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
+    "sft": Stage("trimaran.train.sft_recipe:SftRecipe", "trimaran.train.sft:main"),
+    "rl": Stage("trimaran.rl.recipe:RLRecipe", "trimaran.rl.main:main"),
 }
 
 

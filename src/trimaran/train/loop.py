@@ -14,7 +14,6 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from trimaran.data.evaluation import Windows
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
 from trimaran.report import Progress, say
@@ -23,7 +22,7 @@ from trimaran.train import checkpoint
 from trimaran.train.interrupt import Interrupts
 from trimaran.train.optim import clip, set_learning_rate
 from trimaran.train.recipe import TrainSettings
-from trimaran.train.validate import evaluate
+from trimaran.train.validate import HeldOut, evaluate
 
 
 class Rows(Protocol):
@@ -71,7 +70,7 @@ class Run:
     objective: Objective
     optimizer: torch.optim.Optimizer
     loader: Source
-    held_out: Sequence[Windows] = ()
+    held_out: Sequence[HeldOut] = ()
     tokenizer: Tokenizer | None = None
     label: str = "train"
     step: int = 0

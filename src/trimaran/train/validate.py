@@ -1,15 +1,25 @@
 """How well held-out text is predicted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from trimaran.data.batch import Batch
-from trimaran.data.evaluation import Windows
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.loss import cross_entropy
+
+
+class HeldOut(Protocol):
+    """Batches whose weights add up to `tokens`, which stand for `bytes` of text; see `data.evaluation.Windows`."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,9 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: HybridModel, windows: Windows | Iterable[Windows]) -> Score:
+def evaluate(model: HybridModel, windows: HeldOut | Sequence[HeldOut]) -> Score:
     """Scores every held-out token once, in the model's own precision (no autocast), the draft block left out."""
-    if not isinstance(windows, Windows):
+    if isinstance(windows, Sequence):
         scores = [evaluate(model, one) for one in windows]
         return sum(scores[1:], scores[0])
     was_training = model.training
