@@ -13,10 +13,8 @@ from trimaran.tasks.task import REWARD, Trace
 from trimaran.tasks.transforms import Transforms, apply
 
 SETTINGS = [
-    *(
-        ("arithmetic", settings)
-        for settings in ({}, {"digits": 1}, {"thinking": False}, {"digits": 12, "varied": True})
-    ),
+    *(("arithmetic", settings) for settings in ({}, {"digits": 1}, {"digits": 12, "varied": True})),
+    ("arithmetic", {"thinking": False}),
     ("arithmetic", {"digits": 3, "terms": 3, "operations": "both", "distractors": 2}),
     ("arithmetic", {"operations": "subtract", "terms": 6}),
     *(("transforms", settings) for settings in ({}, {"steps": 3, "thinking": True}, {"separator": "", "varied": True})),
@@ -116,8 +114,9 @@ def test_numbers_give_different_problems():
 
 
 def test_too_few_problems_is_a_refusal():
-    with pytest.raises(Refusal, match="no held_out problem"):
-        drawn("coins", 0, "held_out", lambda random: 0, lambda coin: "heads")
+    other = {"train": "held_out", "held_out": "train"}[split_of("heads")]
+    with pytest.raises(Refusal, match=f"no {other} problem"):
+        drawn("coins", 0, other, lambda random: 0, lambda coin: "heads")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -134,9 +133,6 @@ def test_the_thought_is_no_answer():
     for of in (Arithmetic(), Transforms(steps=2, thinking=True), Sorting(thinking=True)):
         prompt = of.prompt(3)
         [said] = of.gold(prompt)
-        inside = {
-            "role": "assistant",
-            "content": "",
-            "reasoning_content": f"{said['reasoning_content']}\n{said['content']}",
-        }
+        thought = f"{said['reasoning_content']}\n{said['content']}"
+        inside = {"role": "assistant", "content": "", "reasoning_content": thought}
         assert of.score(Trace(prompt, (inside,)))[REWARD] == 0

@@ -9,6 +9,7 @@ from trimaran.tasks.task import Task
 TASKS: dict[str, str] = {
     "arithmetic": "trimaran.tasks.arithmetic:Arithmetic",
     "calls": "trimaran.tasks.calls:Calls",
+    "desk": "trimaran.tasks.desk:Desk",
     "sorting": "trimaran.tasks.sorting:Sorting",
     "transforms": "trimaran.tasks.transforms:Transforms",
 }
