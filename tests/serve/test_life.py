@@ -47,9 +47,8 @@ def begun(server, body) -> socket.socket:
     """A line on which a request has been sent and nothing read."""
     place, raw = urlsplit(server.url), json.dumps(body).encode()
     line = socket.create_connection((place.hostname, place.port), timeout=30)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}"
-    )
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(raw)}"
     line.sendall(head.encode() + b"\r\n\r\n" + raw)
     return line
 

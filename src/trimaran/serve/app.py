@@ -18,6 +18,7 @@ from trimaran.errors import Refusal
 from trimaran.serve import metrics, replies
 from trimaran.serve.exchange import ChatExchange, CompletionExchange
 from trimaran.serve.guard import Guard
+from trimaran.serve.hosts import Hosts
 from trimaran.serve.problem import Problem, invalid
 from trimaran.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from trimaran.serve.service import Service
@@ -38,6 +39,7 @@ FAULTS: dict[int | str, dict[str, Any]] = {
         408: "Not finished in time",
         413: "A body too long",
         415: "A body that is not JSON",
+        421: "Meant for another host",
         429: "The queue is full; see Retry-After",
         503: "Shutting down",
     }.items()
@@ -73,7 +75,8 @@ def application(service: Service) -> FastAPI:
     for known in (Refusal, Busy, TimeoutError):
         app.add_exception_handler(known, answer_known)
     app.add_exception_handler(Exception, answer_bug)  # tells the client nothing; the log gets the traceback
-    app.add_middleware(Guard, key=settings.key(), limits=settings.limits, answered=service.answered)
+    hosts = Hosts.of(settings)
+    app.add_middleware(Guard, key=settings.key(), limits=settings.limits, answered=service.answered, hosts=hosts)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]

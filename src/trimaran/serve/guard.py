@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: the key, the size of its body, the manners of its JSON."""
+"""What every request passes before a route sees it: the host, the key, the size of its body, its JSON's manners."""
 
 import asyncio
 import hmac
@@ -8,6 +8,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from trimaran.serve import body
+from trimaran.serve.hosts import Hosts
 from trimaran.serve.problem import Problem
 from trimaran.serve.settings import Limits
 
@@ -31,10 +32,17 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application round another. answered: told the route and the status of every answer."""
+    """An ASGI application round another. hosts: None: of any name. answered: told route and status of every answer."""
 
-    def __init__(self, app: Application, key: str | None, limits: Limits, answered: Callable[[str, int], None]):
-        self.inner, self.limits, self.answered = app, limits, answered
+    def __init__(
+        self,
+        app: Application,
+        key: str | None,
+        limits: Limits,
+        answered: Callable[[str, int], None],
+        hosts: Hosts | None = None,
+    ):
+        self.inner, self.limits, self.answered, self.hosts = app, limits, answered, hosts
         self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -52,6 +60,8 @@ class Guard:
 
         headers = Headers(scope=scope)
         try:
+            if self.hosts is not None:
+                self.hosts.check(headers)
             self.check_key(scope["path"], headers)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 raw = await self.whole_body(headers, receive)

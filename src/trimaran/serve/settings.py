@@ -3,7 +3,7 @@
 import os
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trimaran.config import Settings
 from trimaran.engine.constrain import ConstraintLimits
@@ -38,6 +38,7 @@ class ServeSettings(Settings):
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     api_key: str | None = Field(None, min_length=1)  # None: what TRIMARAN_API_KEY holds; unset too: none is asked for
     names: tuple[str, ...] = ()  # that the model answers to; the first is shown; none: the folder's name
+    allowed_hosts: tuple[str, ...] = ()  # beside this machine's own; "*": any. None given: see serve/hosts.py
     origins: tuple[str, ...] = ()  # pages of other origins that browsers may let in (CORS)
     limits: Limits = Limits()
     chat_tokens: int = Field(4096, ge=1)  # of an answer where the request names no limit
@@ -50,6 +51,14 @@ class ServeSettings(Settings):
     drain_seconds: float = Field(60, ge=0)  # after SIGTERM, for what is running to finish
     stall_seconds: float = Field(120, gt=0)  # without a finished pass, after which /health answers 503
     access_log: bool = False  # one line on stderr per request
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if host != "*" and (not host or set(host) & set("*/@ ") or (":" in host and "::" not in host)):
+                raise ValueError(f"{host!r} is no host: give names or addresses without scheme and port, or *")
+        return hosts
 
     def key(self) -> str | None:
         """The key that is asked for, if any."""
