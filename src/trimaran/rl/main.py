@@ -1,5 +1,6 @@
 """`trimaran train` with a recipe of stage "rl": a model answers, is scored, and learns what scored better."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def located(recipe: RLRecipe) -> RLRecipe:
     return recipe.model_copy(update={**paths, "curriculum": curriculum})
 
 
-def begin(recipe: RLRecipe) -> Run:
+def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Run:
     """A run at its first step. Raises Refusal for what cannot work, before anything is rolled out."""
     tasks = {name: one.open() for name, one in recipe.environments.items()}
     check_tasks(tasks.values())
@@ -56,11 +57,11 @@ def begin(recipe: RLRecipe) -> Run:
     reference = opened(recipe.start, settings.device)[1].requires_grad_(False) if recipe.policy.kl else None
     engine = Engine(model, tokenizer, recipe.engine)
     records = Records(Path(recipe.run), tokenizer, recipe.logs)
-    source = Rollouts(recipe, model, engine, tasks, records, reference)
+    source = source_of(recipe, model, engine, tasks, records, reference)
     counts = ", ".join(f"{count} of {name}" for name, count in source.curriculum.counts.items())
     say(f"a batch: {recipe.rollouts.samples} rollouts each of {counts}; updates made of it: {recipe.updates}")
     optimizer = optimizer_of(settings, model)
-    return Run(Path(recipe.run), settings, model, objective, optimizer, source, (), tokenizer, "rl")
+    return Run(Path(recipe.run), settings, model, objective, optimizer, source, (), tokenizer, recipe.stage)
 
 
 def opened(start: str, device: str) -> tuple[Tokenizer, HybridModel]:

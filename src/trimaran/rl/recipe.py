@@ -150,7 +150,7 @@ class UpdateSettings(TrainSettings):
 class RLRecipe(Settings):
     """One run of reinforcement learning: `trimaran train RECIPE`. `start`: the folder whose model goes on learning."""
 
-    stage: Literal["rl"] = "rl"
+    stage: Literal["rl", "mopd"] = "rl"  # "mopd": see mopd_recipe.py
     start: str
     run: str
     seed: int = Field(0, ge=0)
