@@ -101,6 +101,19 @@ VERBS: dict[str, Verb] = {
         ),
         target="FOLDER",
     ),
+    "score": Verb(
+        "trimaran.evals.run:main",
+        "Score a model on tasks, every episode on record.",
+        "TASKS are names separated by commas, or a TOML file with a [tasks.NAME] table each. The same command again "
+        "goes on where it was.",
+        examples=(
+            "trimaran score runs/sft arithmetic,transforms",
+            "trimaran score runs/sft arithmetic n=500 samples=8 thinking=false tasks.arithmetic.settings.digits=3",
+        ),
+        target="FOLDER",
+        args=("TASKS",),
+        flags={"json": "Print one JSON document instead."},
+    ),
 }
 
 STAGES: dict[str, Stage] = {

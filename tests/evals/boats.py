@@ -1,8 +1,8 @@
 """Small tasks for a model that knows nothing: what they score depends on each letter that it said."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-from trimaran.tasks.task import REWARD, Prompt, Task, Trace
+from trimaran.tasks.task import GARBAGE, REWARD, Prompt, Task, Trace
 
 
 class Talk(Task):
@@ -52,4 +52,37 @@ class Leaky(Talk):
                 return {REWARD: float("nan")}
             if self.how == "none":
                 return {"other": 1.0}
+        return super().score(trace)
+
+
+class Word(Task):
+    """Asks for a word, and is content with that word alone."""
+
+    name = "word"
+    word: str = "hull"
+    problems: int | None = None
+
+    def prompt(self, number: int, split: Any = "train") -> Prompt:
+        question = {"role": "user", "content": f"{split} {number}"}
+        return Prompt(self.name, split, number, (question,), thinking=False)
+
+    def size(self, split: Any = "train") -> int | None:
+        return self.problems
+
+    def gold(self, prompt):
+        return ({"role": "assistant", "content": self.word},)
+
+    def score(self, trace: Trace) -> dict[str, float]:
+        return {REWARD: float(trace.final == self.word), "letters": len(trace.answer)}
+
+
+class Sinking(Word):
+    """Breaks at what a model would say to problem 1, while it has its hole."""
+
+    name = "sinking"
+    hole: ClassVar[bool] = True
+
+    def score(self, trace: Trace) -> dict[str, float]:
+        if self.hole and trace.prompt.number == 1 and trace.answer not in (*GARBAGE, self.word):
+            raise ZeroDivisionError("a hole below the waterline")
         return super().score(trace)

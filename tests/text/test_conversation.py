@@ -62,13 +62,15 @@ def test_ids_are_those_of_the_whole_chat_where_the_template_forgets_nothing(toke
     assert conversation.ids == chat.ids[: len(conversation.ids)]
     assert tokenizer.decode(chat.ids[len(conversation.ids) :]) == "\n"  # what would follow the last answer
     assert conversation.messages == VOYAGE  # read back as they were told, call ids included
+    thoughts = [CALL["reasoning_content"], *[ANSWER["reasoning_content"]] * 2]
+    assert conversation.thoughts() == sum(len(tokenizer.encode(f"{text}\n")) for text in thoughts)
 
 
 def test_without_thoughts_and_in_a_foreign_template(tokenizer):
     plain = [QUESTION, {"role": "assistant", "content": "Calm."}] * 3
     conversation = retold(tokenizer, plain, thinking=False)
     assert conversation.ids == encode_chat(tokenizer, plain, thinking=False).ids[:-1]
-    assert not conversation.opened and conversation.messages == plain
+    assert not conversation.opened and conversation.messages == plain and conversation.thoughts() == 0
 
     other = foreign(tokenizer, FOREIGN)
     check_template(other)

@@ -13,7 +13,7 @@ from trimaran.errors import Refusal
 from trimaran.text.answer import Answer, AnswerReader
 from trimaran.text.chat import Span, encode_chat
 from trimaran.text.template import Message
-from trimaran.text.thought import opens_thought
+from trimaran.text.thought import ThoughtCounter, opens_thought
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.text.tools import Tools
 
@@ -85,6 +85,16 @@ class Conversation:
         self._answers = sum(one.get("role") == "assistant" for one in self._shown)
         self.due = False
         return message
+
+    def thoughts(self) -> int:
+        """Tokens of all thoughts in the answers, think tags not counted."""
+        total = 0
+        for start, stop in self.spans:
+            counter = ThoughtCounter(self.tokenizer, opens_thought(self.tokenizer, self.ids[:start]))
+            for token in self.ids[start:stop]:
+                counter.push(token)
+            total += counter.count
+        return total
 
     def _after_answer(self, ids: list[int], span: Span) -> list[int]:
         """What the template puts behind an answer: from its end token on, unless the model has said one itself."""
