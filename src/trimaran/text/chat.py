@@ -194,7 +194,8 @@ def generation_prompts(
         settings = dict(options) | {"thinking": thinking, "tools": None}
         without = fill(template, question, settings | {"generation_prompt": False})
         prompt = fill(template, question, settings | {"generation_prompt": True}).removeprefix(without)
-        endings.append(prompt or end.split(without)[-1])
+        ended = end.search(without) is not None
+        endings.append(prompt or (end.split(without)[-1] if ended else ""))
     shared = commonprefix(endings)  # noqa: RUF071 (characters are what is meant)
     return tuple(sorted({*endings, shared}, key=len, reverse=True))
 
