@@ -43,7 +43,8 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 
 
 def enter() -> None:
-    """Makes children of this process the first of a new pid namespace; for whom is not root, in a new user namespace."""
+    """Makes children of this process the first of a new pid namespace; one that is not root
+    goes into a new user namespace, too."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         leave(NEWPID)

@@ -25,6 +25,7 @@ from trimaran.tasks import cell, seccomp
 PAUSE = 0.02  # s between two looks at clock and memory
 PDEATHSIG, DUMPABLE = 1, 4  # prctl options
 STREAMS = ("stdout", "stderr", "reply")
+DRAUGHTS = 99  # reads that empty any pipes; in weak isolation somebody may be left who goes on filling them
 FIRST_FREE = 20  # descriptors from here on are the keeper's own
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -62,15 +63,11 @@ def guard(job: Job, walls: bool, box: str) -> dict[str, Any]:
     if "refused" in word or "broken" in word:
         return word
     said = {name: watch.taken[name].decode("utf-8", "replace") for name in STREAMS}
-    limit = watch.limit or ("cpu" if word.get("exit") == -signal.SIGXCPU else "")
-    # Without a word the keeper was killed: by the guard, or in weak isolation by the program.
-    return {
-        **said,
-        "exit": word.get("exit", -int(signal.SIGKILL)),
-        "limit": limit,
-        "wall_seconds": time.monotonic() - began,
-        "cpu_seconds": word.get("cpu_seconds", watch.cpu_seconds),
-    }
+    # Without a word the keeper was killed, by the guard or with the program's help: so was the program.
+    exit_code = word.get("exit", -int(signal.SIGKILL))
+    limit = watch.limit or ("cpu" if exit_code == -signal.SIGXCPU else "")
+    seconds = {"wall_seconds": time.monotonic() - began, "cpu_seconds": watch.cpu_seconds}
+    return {**said, "exit": exit_code, "limit": limit, **seconds}
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -104,13 +101,15 @@ class Watch:
         """Returns when the keeper is gone, and with it, behind walls, all that it kept."""
         while self.word in self.selector.get_map():
             self.read(PAUSE)
-            if not self.limit and (limit := self.passed()):
-                self.limit = limit
+            self.limit = self.limit or self.passed()
+            if self.limit:
                 self.kill()
         self.kill()
-        os.waitpid(self.keeper, 0)
-        while self.selector.get_map() and self.read(0):
-            pass
+        used = os.wait4(self.keeper, 0)[2]
+        self.cpu_seconds = used.ru_utime + used.ru_stime
+        for _ in range(DRAUGHTS):
+            if not self.read(0):
+                break
 
     def read(self, seconds: float) -> bool:
         """Whether anything could be read. What passes the limit of output is read and dropped."""
@@ -126,15 +125,14 @@ class Watch:
             if key.data != "word" and len(self.taken[key.data]) > room:
                 del self.taken[key.data][room:]
                 self.limit = self.limit or "output"
-                self.kill()
         return bool(ready)
 
     def passed(self) -> str:
         """The limit that has been passed, or nothing. Memory: resident, of all processes together."""
         if time.monotonic() - self.began > self.limits["wall_seconds"]:
             return "wall"
-        memory, self.cpu_seconds = usage(self.keeper)
-        if self.cpu_seconds > self.limits["cpu_seconds"] + 1:  # each process's own limit goes first
+        memory, seconds = usage(self.keeper)
+        if seconds > self.limits["cpu_seconds"] + 1:  # each process's own limit goes first
             return "cpu"
         return "memory" if memory > self.limits["memory_megabytes"] << 20 else ""
 
@@ -179,6 +177,7 @@ def keep(job: Job, walls: bool, box: str, ends: dict[str, int]) -> None:
     os.setsid()
     # Should the guard be gone before it can say so: the keeper ends by its own clock.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which process 1 of a namespace never hears from inside
     signal.alarm(int(job["limits"]["wall_seconds"]) + 5)
     try:
         if walls:
@@ -199,9 +198,7 @@ def keep(job: Job, walls: bool, box: str, ends: dict[str, int]) -> None:
         child, status = os.wait()
         if child == program:
             break
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = {"exit": os.waitstatus_to_exitcode(status), "cpu_seconds": used.ru_utime + used.ru_stime}
-    tell(ends["word"], said)
+    tell(ends["word"], {"exit": os.waitstatus_to_exitcode(status)})
 
 
 def write(name: str, text: str) -> None:
@@ -222,7 +219,9 @@ def become(job: Job, walls: bool, ends: dict[str, int]) -> NoReturn:
     try:
         stdin = os.open("stdin", os.O_RDONLY)
         os.unlink("stdin")
-        moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for end in (stdin, *map(ends.get, STREAMS))]
+        moved = [
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for end in (stdin, *(ends[name] for name in STREAMS))
+        ]
         for number, end in enumerate(moved):
             os.dup2(end, number)
         if walls:
@@ -246,7 +245,9 @@ def confine(limits: dict[str, int]) -> None:
         "FSIZE": (limits["file_megabytes"] * megabyte,) * 2,
         "NPROC": (limits["processes"],) * 2,
         "NOFILE": (limits["open_files"],) * 2,
-        **{"CORE": (0, 0), "MEMLOCK": (0, 0), "MSGQUEUE": (0, 0)},
+        "CORE": (0, 0),
+        "MEMLOCK": (0, 0),
+        "MSGQUEUE": (0, 0),
     }
     for name, (soft, hard) in bounds.items():
         kind = getattr(resource, f"RLIMIT_{name}", None)

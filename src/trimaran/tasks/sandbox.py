@@ -45,7 +45,7 @@ class Ran:
     """How a program went.
 
     exit: what it exited with; -N: signal N ended it. reply: what it wrote to descriptor 3. limit: the limit that it was
-    stopped at, if any. cpu_seconds: of the program and those of its children that it waited for.
+    stopped at, if any. cpu_seconds: of all that ran inside, the few milliseconds that the walls took included.
     """
 
     stdout: str
@@ -75,9 +75,7 @@ class Called:
     value: Any = None
 
 
-def run(
-    source: str, stdin: str = "", limits: Limits | None = None, isolation: Isolation = "namespaces"
-) -> Ran:
+def run(source: str, stdin: str = "", limits: Limits | None = None, isolation: Isolation = "namespaces") -> Ran:
     """Runs `source` as a program and returns when nothing of it is left.
 
     Raises Refusal where the kernel does not give this user the namespaces, unless isolation = "weak" was named: then
@@ -85,15 +83,15 @@ def run(
     """
     if sys.platform != "linux" and isolation == "namespaces":
         raise refused(f"{sys.platform} has none")
+    limits = limits or Limits()
     job = {
         "source": source,
         "stdin": stdin,
-        "limits": (limits or Limits()).model_dump(),
+        "limits": limits.model_dump(),
         "isolation": isolation,
-        "interpreter": interpreter(),
+        "interpreter": interpreter() if isolation == "namespaces" else {"executable": bare()},
     }
-    patience = job["limits"]["wall_seconds"] + GRACE
-    report = json.loads(inside("trimaran.tasks.jail", json.dumps(job), patience))
+    report = json.loads(inside("trimaran.tasks.jail", json.dumps(job), limits.wall_seconds + GRACE))
     if "refused" in report:
         raise refused(report["refused"])
     if "broken" in report:
@@ -154,14 +152,18 @@ def interpreter() -> dict[str, Any]:
 
 def inside(module: str, text: str, seconds: float) -> str:
     """stdout of a module of this package run by the bare interpreter: no environment, no packages, no files of ours."""
-    executable = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's
-    command = [executable, "-I", "-S", "-B", "-c", START, SOURCES, module]
+    command = [bare(), "-I", "-S", "-B", "-c", START, SOURCES, module]
     done = subprocess.run(
         command, input=text, capture_output=True, encoding="utf-8", env={}, start_new_session=True, timeout=seconds
     )
     if done.returncode != 0 or not done.stdout:
         raise RuntimeError(f"the sandbox broke (exit {done.returncode}): {done.stderr.strip()[-2000:]}")
     return done.stdout
+
+
+def bare() -> str:
+    """The interpreter itself, where this one is a virtual environment's."""
+    return str(getattr(sys, "_base_executable", sys.executable))
 
 
 def refused(why: str) -> Refusal:

@@ -1,8 +1,9 @@
 """A filter over system calls: what a program that only computes has no use for fails with EPERM.
 
-Two kinds are left out: doors that have often led out of a namespace (ptrace, bpf, keyrings, io_uring, mounts, namespaces
-of one's own), and memory that no limit of a process counts (memfd, System V shared memory). Sockets are of AF_UNIX alone:
-not every address family belongs to a network namespace; vsock, which reaches a virtual machine's host, does not.
+Two kinds are left out: doors that have often led out of a namespace (ptrace, bpf, keyrings, io_uring, mounts,
+namespaces of one's own), and memory that no limit of a process counts (memfd, System V shared memory). Sockets are of
+AF_UNIX alone: not every address family belongs to a network namespace; vsock, which leads to a virtual machine's host,
+does not.
 
 The filter is classic BPF over `struct seccomp_data {int nr; u32 arch; u64 instruction_pointer; u64 args[6]}` (Linux,
 include/uapi/linux/seccomp.h). Numbers are those of asm/unistd_64.h and asm-generic/unistd.h.
@@ -17,17 +18,48 @@ import struct
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 CALLS = {
-    **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272)},
-    **{"unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40)},
-    **{"umount2": (166, 39), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430)},
-    **{"fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442)},
-    **{"open_by_handle_at": (304, 265), "pidfd_getfd": (438, 438), "personality": (135, 92), "syslog": (103, 116)},
-    **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280)},
-    **{"perf_event_open": (298, 241), "userfaultfd": (323, 282), "fanotify_init": (300, 262)},
-    **{"io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)},
-    **{"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190)},
-    **{"msgget": (68, 186), "mq_open": (240, 180), "kexec_load": (246, 104), "kexec_file_load": (320, 294)},
-    **{"init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106)},
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "chroot": (161, 51),
+    "pivot_root": (155, 41),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "open_by_handle_at": (304, 265),
+    "pidfd_getfd": (438, 438),
+    "personality": (135, 92),
+    "syslog": (103, 116),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "fanotify_init": (300, 262),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
 }
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
