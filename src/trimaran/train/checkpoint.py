@@ -1,6 +1,7 @@
 """Checkpoints that are there whole or not at all.
 
-    checkpoints/step-200/   config.json, model.safetensors (the hub's layout: trimaran.load opens it), tokenizer
+    checkpoints/step-200/   config.json, model.safetensors (the hub's layout: trimaran.load opens it), tokenizer;
+                            of a run with adapters those alone, in peft's layout
                             training.safetensors   optimizer state and random generators
                             checkpoint.json        step, position in the data, model, size and checksum of every file
     checkpoints/LATEST      the name of the newest; resuming starts from it, and editing it rolls a run back
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from trimaran.data.shards import checksum
 from trimaran.disk import sync
 from trimaran.errors import Refusal, writing
-from trimaran.model import hub
+from trimaran.model import adapter, hub
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
+from trimaran.model.lora import adapted
 from trimaran.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -61,7 +63,7 @@ def save(
     try:
         with writing(target):
             folder.mkdir(parents=True, exist_ok=True)
-            hub.save(model, stage)
+            save_model(model, stage)
             if tokenizer is not None:
                 tokenizer.save(stage)
             save_tensors(training_state(model, optimizer), stage / TRAINING)
@@ -201,8 +203,19 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise Refusal(f"cannot write {path} ({problem})", "a disk with free space", "free some space") from None
 
 
+def save_model(model: HybridModel, stage: Path) -> None:
+    """The weights in the hub's layout, or the adapters alone where the rest is frozen and lies where the run began."""
+    if adapted(model):
+        adapter.save(model, stage)
+    else:
+        hub.save(model, stage)
+
+
 def load_model(path: Path, model: HybridModel) -> None:
-    """Copies the weights into `model`, tensor by tensor."""
+    """Copies the weights into `model`, tensor by tensor; of a model with adapters, those."""
+    if adapted(model):
+        adapter.restore(model, path)
+        return
     files = hub.weight_files(path)
     wanted = {piece.hub_name: piece for piece in hub.all_pieces(model)}
     hub.check(path, wanted, hub.read_headers(files))

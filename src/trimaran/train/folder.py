@@ -14,6 +14,7 @@ from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.size import count
 from trimaran.report import curve_png, environment, read_metrics, say, series
+from trimaran.train.adapters import end_adapters
 from trimaran.train.loop import Run, fit
 from trimaran.train.recipe import TrainSettings, check_same
 
@@ -104,11 +105,13 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Makes the run folder a hub folder, draws the curve and writes result.json, which it returns.
+    """Makes the run folder a hub folder, draws the curve and writes result.json, which it returns. Adapters are saved
+    by themselves, then merged.
 
     beside: what a stage has to add to the result.
     """
     folder = run.folder
+    end_adapters(run.model, folder)
     hub.save(run.model, folder)
     metrics = folder / "metrics.jsonl"
     curves = series(metrics, train="loss", **{"held out": "held_out_loss"})
