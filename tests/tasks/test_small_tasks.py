@@ -7,7 +7,7 @@ import pytest
 from trimaran.errors import Refusal
 from trimaran.tasks.arithmetic import Arithmetic, columns
 from trimaran.tasks.draw import HELD_OUT, drawn, split_of
-from trimaran.tasks.names import TASKS, task
+from trimaran.tasks.names import task
 from trimaran.tasks.sorting import Sorting
 from trimaran.tasks.task import REWARD, Trace
 from trimaran.tasks.transforms import Transforms, apply
@@ -119,7 +119,7 @@ def test_too_few_problems_is_a_refusal():
         drawn("coins", 0, other, lambda random: 0, lambda coin: "heads")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ["arithmetic", "calls", "desk", "sorting", "transforms"])
 def test_an_answer_that_is_cut_off_earns_nothing(name):
     of = task(name)
     prompt = of.prompt(0)

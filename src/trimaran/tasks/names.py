@@ -9,7 +9,11 @@ from trimaran.tasks.task import Task
 TASKS: dict[str, str] = {
     "arithmetic": "trimaran.tasks.arithmetic:Arithmetic",
     "calls": "trimaran.tasks.calls:Calls",
+    "code": "trimaran.tasks.code:Code",
     "desk": "trimaran.tasks.desk:Desk",
+    "gsm8k": "trimaran.tasks.gsm8k:Gsm8k",
+    "gym": "trimaran.tasks.gym:Gym",
+    "maths": "trimaran.tasks.maths:Maths",
     "sorting": "trimaran.tasks.sorting:Sorting",
     "transforms": "trimaran.tasks.transforms:Transforms",
 }

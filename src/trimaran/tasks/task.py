@@ -133,10 +133,10 @@ class Task(Settings):
         gold = self.gold(prompt)
         if (reward := self.score(Trace(prompt, gold))[REWARD]) != 1:
             raise self.fault(prompt, f"the perfect episode scores {reward}", "1")
-        right = Trace(prompt, gold).final if len(gold) == 1 else None
+        right = str(Trace(prompt, gold).final).casefold() if len(gold) == 1 else None
         for text in GARBAGE:
             said = {"role": "assistant", "content": text}
-            if text.strip() != right and (reward := self.score(Trace(prompt, (said,)))[REWARD]) != 0:
+            if text.strip().casefold() != right and (reward := self.score(Trace(prompt, (said,)))[REWARD]) != 0:
                 raise self.fault(prompt, f"the answer {text!r} scores {reward}", "0")
 
     def fault(self, prompt: Prompt, found: str, allowed: str) -> Refusal:
