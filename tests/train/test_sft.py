@@ -245,6 +245,22 @@ def test_an_interrupted_run_ends_as_one_that_was_not(start, tmp_path):
     assert [one["step"] for one in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [*range(1, 7)]
 
 
+def test_adapters_alone_learn_and_end_merged(start, tmp_path):
+    recipe = recipe_of(start, tmp_path / "run", steps=6, checkpoint_every=3)
+    recipe = SftRecipe(**{**recipe.model_dump(exclude={"train": {"router_bias_rate"}}), "lora": {"rank": 4}})
+    assert main(recipe) == 0
+    before, after = trimaran.load(start).state_dict(), trimaran.load(tmp_path / "run").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    losses = [one["loss"] for one in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    other = SftRecipe(**{**recipe.model_dump(), "run": str(tmp_path / "other"), "lora": {"targets": ["atention"]}})
+    with pytest.raises(Refusal, match=r"matches nothing .*allowed: attention"):
+        main(other)
+    assert not (tmp_path / "other").exists()
+
+
 def row(*messages: dict) -> str:
     return json.dumps({"messages": messages}) + "\n"
 

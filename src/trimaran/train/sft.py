@@ -17,6 +17,7 @@ from trimaran.tasks.gold import conversations
 from trimaran.tasks.names import task
 from trimaran.text.template import NEMOTRON_3
 from trimaran.text.tokenizer import Tokenizer
+from trimaran.train.adapters import begin_adapters
 from trimaran.train.folder import absolute, carry_out
 from trimaran.train.loop import Run
 from trimaran.train.objective import Pretraining
@@ -55,6 +56,7 @@ def begin(recipe: SftRecipe, label: str = "sft") -> Run:
     with writing(recipe.run):
         tokenizer.save(recipe.run)
     torch.manual_seed(recipe.seed)
+    begin_adapters(model, recipe.lora, settings, recipe.seed)
     objective = Pretraining(
         model,
         mtp_scale=settings.mtp_scale,

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from trimaran.config import Settings
 from trimaran.data.packs import Weighting
 from trimaran.errors import Refusal
+from trimaran.model.lora import LoraSettings
+from trimaran.train.adapters import with_still_routers
 from trimaran.train.recipe import TrainSettings
 
 
@@ -47,7 +49,8 @@ class MessagesSettings(Settings):
 
 
 class SftRecipe(Settings):
-    """One run of fine-tuning: from the model in the folder `start` to one in the folder `run`."""
+    """One run of fine-tuning: from the model in the folder `start` to one in the folder `run`. All weights learn, or
+    with a table `lora` adapters alone."""
 
     stage: Literal["sft"] = "sft"
     start: str
@@ -55,3 +58,9 @@ class SftRecipe(Settings):
     seed: int = Field(0, ge=0)
     data: MessagesSettings
     train: TrainSettings
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _still_routers(cls, given: Any) -> Any:
+        return with_still_routers(given)
