@@ -14,9 +14,9 @@ ADAPTABLE = [name for name in KINDS if name != "ngpt"]
 SMALL = {"rank": 4, "alpha": 8.0}
 
 
-def with_adapters(kind, dtype=torch.float64, drawn=True, **settings):
+def with_adapters(kind, dtype=torch.float64, drawn=True, changes=None, **settings):
     """A tiny model with adapters whose B is far from zero, unless it is to be as `apply` leaves it."""
-    model = tiny(kind, dtype)
+    model = tiny(kind, dtype, **(changes or {}))
     lora.apply(model, LoraSettings(**{**SMALL, **settings}), seed=5)
     if drawn:
         generator = torch.Generator().manual_seed(9)

@@ -149,7 +149,7 @@ def load(model: HybridModel, folder: str | Path) -> Touched:
     """
     check_plain(model)
     folder = Path(folder)
-    settings, tensors = read_config(folder), read_tensors(folder)
+    settings, tensors = read_config(folder), read_tensors(folder, model)
     wanted = {part.hub_name: part for part in parts(model, kinds(model))}
     strangers = [name for name in tensors if name not in wanted]
     if strangers:
@@ -179,7 +179,7 @@ def restore(model: HybridModel, folder: str | Path) -> None:
     if frozen != fingerprint(model):
         found = f"{folder} holds adapters of other frozen weights"
         raise Refusal(found, "the model that the run began with", "put the folder `start` back as it was")
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, model)
     wanted = {part.hub_name: part for part in parts(model, adapters(model))}
     differing = sorted(set(wanted) ^ set(tensors))
     if differing:
@@ -213,20 +213,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+def read_tensors(folder: Path, model: HybridModel) -> dict[str, dict[str, Tensor]]:
     """{hub name of a map: {"A": tensor, "B": tensor}}."""
     found: dict[str, dict[str, Tensor]] = {}
     with opened(folder / WEIGHTS) as file:
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             match = KEY.fullmatch(key)
-            if match is None or match[1].endswith((".experts", ".base_layer")):
+            if match is not None and not match[1].endswith((".experts", ".base_layer")):
+                found.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
+            elif not repeats(key, file.get_tensor(key), model):
                 allowed = "base_model.model.NAME.lora_A.weight and .lora_B.weight, one pair for each map or expert"
                 raise Refusal(f"{folder}: {key}", allowed, "train it with target_modules that are linear maps")
-            found.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
     odd = [name for name, pair in found.items() if len(pair) != 2]
     if odd or not found:
         raise Refusal(f"{folder}: {listed(odd) or 'no adapters'}", "A and B of each map", "fetch the file again")
     return {re.sub(r"^model\.(?=layers\.\d+\.mixer\.)", "backbone.", name): pair for name, pair in found.items()}
+
+
+def repeats(key: str, tensor: Tensor, model: HybridModel) -> bool:
+    """Whether a tensor is the model's own head or embedding, which peft saves beside the adapter of a head."""
+    ends = {"lm_head.base_layer.weight": model.head, "lm_head.weight": model.head}
+    ends |= dict.fromkeys(("embeddings.weight", "embed_tokens.weight"), model.backbone.embeddings)
+    owner: Any = next((owner for end, owner in ends.items() if key.endswith(f".{end}")), None)
+    own = getattr(owner, "weight", None)
+    return own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own))
 
 
 def opened(file: Path) -> safe_open:
