@@ -33,9 +33,12 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 88 <= held < 100  # 95, within three standard deviations
 
 
-def test_an_interval_of_one_value_is_that_value():
+def test_an_interval_of_equal_values():
     assert mean_interval([0.25]) == (0.25, 0.25)
-    assert mean_interval([1.0] * 50) == (1.0, 1.0)
+    for size in (1, 20, 200):
+        exact = stats.binomtest(0, size).proportion_ci(0.95, "exact")
+        assert mean_interval([0.0] * size) == pytest.approx((0.0, exact.high))
+        assert mean_interval([1.0] * size) == pytest.approx((1 - exact.high, 1.0))
 
 
 @settings(max_examples=60, deadline=None)
