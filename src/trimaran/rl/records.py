@@ -88,5 +88,6 @@ class Records:
 
 
 def record(step: int, one: Rollout, advantage: float | None) -> dict[str, Any]:
-    """A line of rollouts.jsonl."""
-    return {"step": step, **one.plain(), REWARD: one.reward, "advantage": advantage}
+    """A line of rollouts.jsonl; log-probabilities to the sixth place."""
+    logprobs = [round(value, 6) for value in one.logprobs]
+    return {"step": step, **one.plain(), "logprobs": logprobs, REWARD: one.reward, "advantage": advantage}
