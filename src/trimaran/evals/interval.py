@@ -13,9 +13,9 @@ def mean_interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -
     """The bootstrap's percentile interval of a mean (Efron 1979), `level` of the resampled means in it.
 
     values: one per independent item; several samples of one prompt are one item, their mean. Means of so many draws
-    with replacement as there are values, RESAMPLED times; the same for the same values and seed. Where all values are 0,
-    or all 1, resampling knows nothing of what it has not seen: there the binomial's own bound (Clopper and Pearson 1934)
-    stands on the inner side.
+    with replacement as there are values, RESAMPLED times; the same for the same values and seed. Where all values are
+    0, or all 1, resampling knows nothing of what it has not seen: there the binomial's own bound (Clopper and Pearson
+    1934) stands on the inner side.
     """
     items_N = np.asarray(values, dtype=np.float64)
     unseen = ((1 - level) / 2) ** (1 / len(items_N))

@@ -69,8 +69,8 @@ class Played:
 
     group: the place of its group among those asked. conversation: its ids, the spans of the model's answers and all
     messages; outputs: the engine's, one per span, `outputs[i].tokens == ids[slice(*spans[i])]`. scores: what the task
-    gave `trace`. Where code of the task failed, `error` is the traceback and there are neither trace nor scores: a
-    failure is never a score.
+    gave `trace`. Where code of the task failed, or the episode outgrew the engine's memory, `error` is the traceback
+    and there are neither trace nor scores: a failure is never a score.
     """
 
     group: int
@@ -183,7 +183,11 @@ class Player:
         if (played := self._turn(live, output)) is not None:
             return played
         seed = seed_of(live.group, live.sample, len(live.outputs))
-        self.live[self.engine.submit(request_of(live.conversation, live.group, seed))] = {0: live}
+        try:
+            number = self.engine.submit(request_of(live.conversation, live.group, seed))
+        except Refusal:  # it has outgrown the engine's memory, which no other episode has to pay for
+            return live.over(None, {}, traceback.format_exc())
+        self.live[number] = {0: live}
         return None
 
     def _turn(self, live: Live, output: Output) -> Played | None:
