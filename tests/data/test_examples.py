@@ -135,6 +135,20 @@ def test_templates_without_a_generation_prompt_or_a_switch_are_refused(tokenizer
     with pytest.raises(Refusal, match="begins all answers alike"):
         check_template(plain, switch=True)
     check_template(tokenizer, switch=True)
+    with pytest.raises(Refusal, match="here: a thought, and a chat template that leaves it out"):
+        encode([chat(ASK, SAY), chat(ASK, THINK)], plain)
+
+
+MISTRAL = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>[INST] ' ~ m.content ~ ' [/INST]' }}"
+MISTRAL += "{% else %}{% generation %}{{ ' ' ~ m.content ~ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+
+
+def test_marked_answers_need_no_generation_prompt_but_must_follow_it_where_there_is_one(tokenizer):
+    said = learnt_text(with_template(tokenizer, MISTRAL), chat(ASK, SAY, ASK, SAY))[1]
+    assert said == [" Nine fathoms.<|eos|>"] * 2
+    check_template(with_template(tokenizer, MISTRAL))
+    with pytest.raises(Refusal, match="whose prompt ends with 'ssistant"):
+        check_template(with_template(tokenizer, MISTRAL + PROMPT))
 
 
 def test_a_template_may_mark_its_answers_itself(tokenizer):

@@ -5,6 +5,7 @@ takes n - 1 places of a row.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ from trimaran.errors import Refusal
 from trimaran.text.chat import answer_prompts, encode_chat
 from trimaran.text.tags import THINK_CLOSE
 from trimaran.text.tokenizer import Tokenizer
+
+QUESTION, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+MARKED = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,38 @@ def gathered(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Examples:
 def encode(chats: Sequence[Chat], tokenizer: Tokenizer, *, keep_thoughts: bool = False) -> Examples:
     """Every conversation as one example. Raises Refusal, with its place, for one that the template does not take."""
     check_template(tokenizer)
+    thoughtful = next((chat for chat in chats if chat.thinks), None)
+    if thoughtful is not None and not shows_thoughts(tokenizer):
+        found = f"{thoughtful.place}: a thought, and a chat template that leaves it out"
+        step = 'add "thinking": false to the rows, or change chat_template.jinja'
+        raise Refusal(found, "a template that writes reasoning_content", step)
     return gathered([example(chat, tokenizer, keep_thoughts) for chat in chats])
 
 
 def check_template(tokenizer: Tokenizer, *, switch: bool = False) -> None:
-    """Refuses a template that does not say how an answer begins; with `switch`, one that cannot turn thinking off."""
+    """Refuses a template by which generation would begin elsewhere than learnt answers do; with `switch`, one that
+    cannot turn thinking off."""
     prompts = answer_prompts(tokenizer)
-    if not prompts:
+    if not prompts and not MARKED.search(tokenizer.template or ""):
         found = "a chat template without a generation prompt"
         step = "write what add_generation_prompt adds into chat_template.jinja"
         raise Refusal(found, "one that begins the assistant's answer with a control token", step)
-    if switch and len(prompts) == 1:
+    if switch and len(prompts) < 2:
         found = "a chat template that begins all answers alike"
         raise Refusal(found, "one that reads enable_thinking", "set data.reasoning_off = 0, or change the template")
+    prompt = encode_chat(tokenizer, [QUESTION], generation_prompt=True, thinking=False).ids
+    said = encode_chat(tokenizer, [QUESTION, ANSWER], thinking=False)
+    before = [said.ids[:start] for start, _ in said.spans]
+    if before != [prompt]:
+        found = f"a chat template whose prompt ends with {tokenizer.decode(prompt[-8:])!r}, unlike what answers follow"
+        step = "let {% generation %} begin where add_generation_prompt ends"
+        raise Refusal(found, "answers that begin where the generation prompt ends", step)
+
+
+def shows_thoughts(tokenizer: Tokenizer) -> bool:
+    """Whether the template writes the thought of a last answer."""
+    bare, full = (encode_chat(tokenizer, [QUESTION, ANSWER | more]).ids for more in ({}, {"reasoning_content": "?"}))
+    return bare != full
 
 
 def example(chat: Chat, tokenizer: Tokenizer, keep_thoughts: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -165,6 +165,7 @@ def messages_of(row: Row) -> tuple[list[Any], int]:
 
 
 def listed(row: Row, key: str) -> list[Any]:
+    """The list under `key`, empty where there is none; any other value is refused."""
     value = row.get(key, [])
     if not isinstance(value, list):
         raise Refusal(f"{key} is a {type(value).__name__}", "a list", f"write {key} as a list")
