@@ -66,5 +66,6 @@ def needs() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Writes them as JSON."""
     json.dump(needs(), sys.stdout)

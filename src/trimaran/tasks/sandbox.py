@@ -5,6 +5,7 @@ system calls, with the standard library and one empty folder for a world. What c
 pipes, put into JSON by a process that the program cannot reach. docs/sandbox.md says what holds and what does not.
 """
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -12,18 +13,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import Field
 
 from trimaran.config import Settings
 from trimaran.errors import Refusal
+from trimaran.tasks.cell import BOX
 
 Isolation = Literal["namespaces", "weak"]
 Limit = Literal["", "cpu", "wall", "memory", "output"]
 
 SOURCES = str(Path(__file__).resolve().parents[2])  # the folder of the package
-START = "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module(sys.argv[2], run_name='__main__')"
+START = "import sys; sys.path.append(sys.argv[1]); from trimaran.tasks.{0} import main; main()"
 GRACE = 15  # s that the guard may take beyond the program's own limit
 
 
@@ -91,7 +94,9 @@ def run(source: str, stdin: str = "", limits: Limits | None = None, isolation: I
         "isolation": isolation,
         "interpreter": interpreter() if isolation == "namespaces" else {"executable": bare()},
     }
-    report = json.loads(inside("trimaran.tasks.jail", json.dumps(job), limits.wall_seconds + GRACE))
+    # Weak isolation has no walls but a folder of its own, removed afterwards.
+    with contextlib.nullcontext(BOX) if isolation == "namespaces" else TemporaryDirectory() as box:
+        report = json.loads(inside("jail", json.dumps(job | {"box": box}), limits.wall_seconds + GRACE))
     if "refused" in report:
         raise refused(report["refused"])
     if "broken" in report:
@@ -146,13 +151,13 @@ for arguments in job["calls"]:
 @functools.cache
 def interpreter() -> dict[str, Any]:
     """What the interpreter that runs this needs of the file system (tasks/interpreter.py); asked once per process."""
-    found: dict[str, Any] = json.loads(inside("trimaran.tasks.interpreter", "", 60))
+    found: dict[str, Any] = json.loads(inside("interpreter", "", 60))
     return found
 
 
 def inside(module: str, text: str, seconds: float) -> str:
-    """stdout of a module of this package run by the bare interpreter: no environment, no packages, no files of ours."""
-    command = [bare(), "-I", "-S", "-B", "-c", START, SOURCES, module]
+    """What main() of a module of this room prints in a bare interpreter: no environment, no installed packages."""
+    command = [bare(), "-I", "-S", "-c", START.format(module), SOURCES]
     done = subprocess.run(
         command, input=text, capture_output=True, encoding="utf-8", env={}, start_new_session=True, timeout=seconds
     )
