@@ -560,9 +560,10 @@ def context(asked: Asked) -> Iterator[dict[str, Any]]:
 
 def roomy(model: HybridModel, tokens: int) -> EngineSettings:
     """Memory for one row of that length and for what the cache keeps of it."""
-    settings = EngineSettings(rows=1)
+    snapshots = 64
+    settings = EngineSettings(rows=1, snapshots=snapshots)
     unit = Unit.of(model.config, model.dtype, torch.float32, settings.page, 0)
-    room = (2 * tokens + 4096) * unit.kv_token + (settings.snapshots + 2) * unit.snapshot_bytes
+    room = (2 * tokens + 4096) * unit.kv_token + (snapshots + 2) * unit.snapshot_bytes
     return settings.replace(memory_bytes=2 * room)
 
 

@@ -68,6 +68,42 @@ def test_every_so_many_tokens():
         assert ask(engine, [*prompt[:same], (prompt[same] + 1) % 97, 5]) == same // 8 * 8
 
 
+def test_where_two_texts_part_a_third_begins():
+    """Nothing marks the place: the second text shows it, and reads up to it on its own."""
+    engine, prompt = engine_of(snapshot_every=32, page=8), text(60)
+    for same, spared in ((50, 0), (50, 32), (50, 50), (57, 50), (57, 50), (40, 32), (57, 50)):
+        assert ask(engine, [*prompt[:same], *text(9, seed=engine.requests + 1)]) == spared, same
+    at_rest(engine)
+
+
+def test_snapshots_take_a_share_of_the_memory():
+    """So that short answers, two states each, do not soon push one another out; and large states do not take all."""
+    model = small("dense", 97)
+    for chosen in ({}, {"rows": 8}, {"memory_bytes": 1 << 22}, {"memory_bytes": 1 << 22, "rows": 30}):
+        memory = Engine(model, settings=EngineSettings(**chosen)).memory
+        share = memory.total_snapshots * memory.unit.snapshot_bytes / memory.nbytes
+        assert 0.15 < share <= 0.2501, chosen
+
+    engine = Engine(model, settings=EngineSettings(rows=4, page=4))
+    answers = engine.stats().total_snapshots // 2  # two states each
+    assert answers > 10 * engine.settings.rows
+    prompts = [text(12, seed) for seed in range(answers)]
+    for again in (0, 11):
+        assert {ask_only(engine, prompt) for prompt in prompts} == {again}
+    assert engine.stats().evictions == 0
+
+
+def ask_only(engine: Engine, prompt: list[int]) -> int:
+    """Prompt tokens that the cache spared."""
+    return next(iter(engine.generate([Request(tuple(prompt), SHORT)]))).cached
+
+
+def test_few_snapshots_are_told_at_the_start():
+    told = engine_of(snapshots=3).warnings
+    assert told == ["3 snapshots are few for 4 rows: a conversation's state may be forgotten before it goes on."]
+    assert not engine_of(snapshots=4).warnings and not engine_of("rope", snapshots=1).warnings
+
+
 def test_attention_alone_needs_no_places():
     engine, prompt = engine_of("rope", snapshot_every=0), text(40)
     ask(engine, prompt)

@@ -67,6 +67,7 @@ def squeezed(chosen: EngineSettings, model: HybridModel, pages: int) -> EngineSe
     draft = 0 if chosen.drafter == "none" else chosen.draft or chosen.draft_limit
     wide = torch.promote_types(model.dtype, torch.float32)
     unit = Unit.of(model.config, model.dtype, wide, chosen.page, draft)
+    chosen = chosen.replace(snapshots=64 if chosen.snapshots is None else chosen.snapshots)
     states = unit.snapshot_bytes * (chosen.snapshots if chosen.prefix_cache else 0)
     rest = max((pages - chosen.rows) * unit.page_bytes + states, 2 * states)
     return chosen.replace(memory_bytes=chosen.rows * (unit.row_bytes + unit.page_bytes) + rest)

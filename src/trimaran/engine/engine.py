@@ -113,7 +113,7 @@ class Engine:
         last, every, places = len(request.prompt) - 1, self.settings.snapshot_every, set[int]()
         if request.sampling.samples > 1:
             places.add(last)
-        if self.cache is not None and self.cache.sparse and (self.memory.total_snapshots or not self.cache.states):
+        if self.cache is not None and self.cache.keeps_points:
             places |= {turn for turn in request.turns if turn <= last} | {last}
             places |= set(range(every, last, every)) if every else set()
         return tuple(sorted(places - {0}))

@@ -80,6 +80,11 @@ class PrefixCache:
     def held_snapshots(self) -> int:
         return len(self.points) if self.states else 0
 
+    @property
+    def keeps_points(self) -> bool:
+        """Whether there is anything to gain from pausing where a point could stand."""
+        return self.sparse and bool(self.memory.total_snapshots or not self.states)
+
     # finding
 
     def open(self, text: Sequence[int]) -> Hit | None:

@@ -66,8 +66,8 @@ class EngineSettings(Settings):
     memory_bytes: int | None = Field(None, ge=1)  # keys, values and states; None: fitted to the model and the device
     page: int = Field(32, ge=1)  # tokens per page of keys and values
     prefix_cache: bool = True  # whether what requests read is kept for those that begin alike
-    snapshots: int = Field(64, ge=0)  # states of Mamba layers kept for the prefix cache
-    snapshot_every: int = Field(512, ge=0)  # prompt tokens between two snapshots; 0: only at ends of turns and prompts
+    snapshots: int | None = Field(None, ge=0)  # Mamba states kept for the prefix cache; None: a quarter of the memory
+    snapshot_every: int = Field(256, ge=0)  # prompt tokens between two snapshots; 0: only at ends of turns and prompts
     drafter: Drafter = "none"  # who proposes tokens for verification
     draft: int = Field(0, ge=0)  # tokens proposed per row and pass; 0: adapted to what is accepted
     draft_limit: int = Field(15, ge=1)  # the most that adapting may propose

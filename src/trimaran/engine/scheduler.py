@@ -146,7 +146,7 @@ class Scheduler:
 
     def admit(self, job: Job, shares: dict[Job, Share]) -> bool:
         """Gives a waiting job a sequence, from the cache as far as that knows its text."""
-        known = 0 if self.cache is None else self.cache.find(job.text)[1]
+        known, matched = (0, 0) if self.cache is None else self.cache.find(job.text)[1:]
         # Those that run will want a page each before long; without this they would soon push the newcomer out again.
         need = self.memory.pages_for(len(job.text)) - self.memory.pages_for(known) + len(self.running)
         while self.running and (not self.memory.free_slots or not self.make_room(need)):
@@ -160,6 +160,9 @@ class Scheduler:
             return False
         job.hidden = None if hit is None else hit.hidden
         self.note(job, 0 if hit is None else hit.length, 0 if hit is None else hit.matched)
+        if self.cache is not None and self.cache.keeps_points and matched - job.length >= self.memory.page:
+            # Two texts part here. A third with this beginning is likely, and is to find a state at its very end.
+            job.stops = tuple(sorted({*job.stops, matched}))
         self.waiting.remove(job)
         bisect.insort(self.running, job, key=lambda one: one.rank)
         return True

@@ -2,12 +2,13 @@
 
 import torch
 
-from trimaran.engine.pages import Memory, Unit, checked_ssm_dtype
+from trimaran.engine.pages import Memory, Unit, checked_ssm_dtype, share_out
 from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 
 USUAL_TOKENS = 4096  # per row: what memory is made for on a CPU when nobody says how much
+SNAPSHOT_SHARE = 4  # one byte in this many is for snapshots, when nobody says how many they are
 DEVICE_SHARE = 0.8  # of an accelerator's free memory; the rest is for activations
 
 
@@ -30,7 +31,7 @@ def fitted(
         bytes=None if budget is None else int(budget * share),
         pages=pages,
         page=settings.page,
-        snapshots=settings.snapshots if settings.prefix_cache and "M" in model.config.pattern else 0,
+        snapshots=snapshots(model, settings, None if budget is None else int(budget * share), pages),
         draft=most_drafts(settings),
         ssm_dtype=ssm_dtype(settings),
     )
@@ -51,9 +52,32 @@ def fitted(
 
 def row_bytes(model: HybridModel, settings: EngineSettings, slots: int) -> int:
     """Bytes of a row with the usual number of tokens, in `slots` slots."""
-    wide = checked_ssm_dtype(ssm_dtype(settings), model.dtype)
-    unit = Unit.of(model.config, model.dtype, wide, settings.page, most_drafts(settings))
+    unit = unit_of(model, settings)
     return slots * unit.row_bytes + USUAL_TOKENS * unit.kv_token
+
+
+def unit_of(model: HybridModel, settings: EngineSettings) -> Unit:
+    """Bytes of the pieces that the model's memory is made of."""
+    wide = checked_ssm_dtype(ssm_dtype(settings), model.dtype)
+    return Unit.of(model.config, model.dtype, wide, settings.page, most_drafts(settings))
+
+
+def snapshots(model: HybridModel, settings: EngineSettings, budget: int | None, pages: int | None) -> int:
+    """How many states the prefix cache may keep: as many as asked for, else what a share of the memory holds.
+
+    A number that suits all would be too few for small states, of which every answer leaves two, and too much memory
+    for large ones. Without a budget there is at least one for each row, so that as many conversations can go on.
+    """
+    if not settings.prefix_cache or "M" not in model.config.pattern:
+        return 0
+    if settings.snapshots is not None:
+        return settings.snapshots
+    unit = unit_of(model, settings)
+    if budget is not None:
+        return share_out(unit, budget, settings.rows, budget // SNAPSHOT_SHARE // unit.snapshot_bytes)[1]
+    assert pages is not None
+    others = settings.rows * unit.row_bytes + pages * unit.page_bytes
+    return max(settings.rows, others // (SNAPSHOT_SHARE - 1) // unit.snapshot_bytes)
 
 
 def ssm_dtype(settings: EngineSettings) -> torch.dtype | None:
@@ -81,8 +105,11 @@ def warnings(settings: EngineSettings, memory: Memory) -> list[str]:
     """What a user would want to be told at the start, in sentences."""
     said = []
     if settings.prefix_cache and "M" in memory.config.pattern and not memory.total_snapshots:
-        why = "the memory has no room for snapshots of Mamba's states" if settings.snapshots else "snapshots = 0"
+        why = "snapshots = 0" if settings.snapshots == 0 else "the memory has no room for snapshots of Mamba's states"
         said.append(f"The prefix cache can never hit: {why}.")
+    if 0 < memory.total_snapshots < memory.total_slots and settings.prefix_cache:
+        few = f"{memory.total_snapshots} snapshots are few for {memory.total_slots} rows"
+        said.append(f"{few}: a conversation's state may be forgotten before it goes on.")
     tokens = memory.total_pages * memory.page
     if memory.total_pages and tokens < settings.rows * USUAL_TOKENS // 8:
         said.append(f"Memory for {tokens} tokens is little for {memory.total_slots} rows; many will wait.")
