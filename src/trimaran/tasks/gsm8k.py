@@ -20,8 +20,8 @@ class Gsm8k(Maths):
 
     @staticmethod
     def read(row: Mapping[str, Any]) -> dict[str, str]:
-        solution, mark, answer = row["answer"].rpartition("####")
+        solution, mark, answer = str(row["answer"]).rpartition("####")
         if not mark or number(answer) is None:
             raise ValueError("an answer that does not end with #### and a number")
         solution = WORKED_OUT.sub("", solution).strip()
-        return {"problem": row["question"].strip(), "answer": answer.strip(), "solution": solution}
+        return {"problem": str(row["question"]).strip(), "answer": answer.strip(), "solution": solution}

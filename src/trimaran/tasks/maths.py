@@ -22,7 +22,9 @@ LONGEST = 300  # characters of an answer that are compared at all
 NUMBER = re.compile(r"([-+]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?")
 FRACTION = re.compile(r"([-+]?)\\frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}|([-+]?[0-9]{1,30})/([0-9]{1,30})")
 DRESS = re.compile(r"\\[,;!]|\\ |\\left|\\right|\\?[$%]|(?<![0-9])\s+|\s+(?![0-9])")  # "1 2" is not 12
-COSTLY = re.compile(r"[0-9]{13}|!|\*\*|\^[{\s]*[0-9]{3}|\^\s*\w\s*\^|\)\s*\^.*\)\s*\^|\\(?:binom|sum|prod|int|lim)\b")
+COSTLY = re.compile(
+    r"[0-9]{13}|!|\*\*|\^[{\s]*[0-9]{3}|\^\s*\w\s*\^|\)\s*\^.*\)\s*\^|\\(?:binom|sum|prod|int|lim)(?![a-z])"
+)
 
 REQUEST = "\n\nPut the final answer in \\boxed{}."
 
