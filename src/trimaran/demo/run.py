@@ -8,6 +8,7 @@ from typing import Any
 from trimaran import config
 from trimaran.data.shards import TokenShards
 from trimaran.demo import bigram
+from trimaran.demo.life import live
 from trimaran.engine.plain import generate
 from trimaran.engine.sampler import Sampling
 from trimaran.model import hub
@@ -24,8 +25,11 @@ PROMPTS = ("def read_config(path):\n    ", "class Stack:\n    def ", "import os\
 DRAFT, PROMPT_TOKENS, NEW_TOKENS, ROWS = 2, 64, 64, 8
 
 
-def main(target: None, overrides: list[str]) -> int:
-    """Trains the demo's recipe in its run folder (or finds it trained) and reports on it; returns the exit code."""
+def main(target: None, overrides: list[str], full: bool = False) -> int:
+    """Trains the demo's recipe in its run folder (or finds it trained) and reports on it; returns the exit code.
+
+    full: the model then goes through the rest of its life (see `life.py`).
+    """
     recipe = config.load(PretrainRecipe, HYBRID, overrides)
     say("Trimaran's first run: a small Nemotron-3 (Mamba-2, attention, latent experts, a draft block)")
     say("learns Python from the standard library of this interpreter. Nothing is downloaded.\n")
@@ -33,7 +37,7 @@ def main(target: None, overrides: list[str]) -> int:
     if code:
         return code
     report(Path(recipe.run))
-    return 0
+    return live(Path(recipe.run), recipe.seed) if full else 0
 
 
 def report(folder: Path) -> None:

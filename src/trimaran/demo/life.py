@@ -1,0 +1,130 @@
+"""`trimaran demo --full`: what becomes of the first run's model, stage after stage, each scored beside its control.
+
+    sft              learns to answer: sums with a scratchpad, changed strings, sorted lists, tool calls
+    rlvr             GRPO over three environments at once
+    sums, strings    specialists, each by GRPO on one environment
+    mopd             rlvr's model learns from both specialists on its own texts
+    heal             the draft block catches up with the trunk that has moved
+
+A stage is a recipe in `stages/`, carried out as `trimaran train` would. Finished ones are not run again.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimaran import config
+from trimaran.config import Settings
+from trimaran.engine.engine import Engine
+from trimaran.engine.folder import FolderSettings, open_folder
+from trimaran.errors import writing
+from trimaran.evals.run import ScoreSettings, score
+from trimaran.evals.table import aligned
+from trimaran.evals.tally import Score
+from trimaran.report import say
+from trimaran.rl import heal, mopd
+from trimaran.rl import main as rl
+from trimaran.rl.heal_recipe import HealRecipe
+from trimaran.rl.mopd_recipe import MopdRecipe
+from trimaran.rl.recipe import RLRecipe
+from trimaran.train import sft
+from trimaran.train.sft_recipe import SftRecipe
+
+STAGES = Path(__file__).parent / "stages"
+TASKS, CONTROLS, RESULTS = STAGES / "tasks.toml", STAGES / "controls.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe, the stage whose model it starts from, and the control that its scores are printed beside: another
+    stage's, or one of the arms in controls.json (benchmarks/life.py)."""
+
+    settings: type[Settings]
+    main: Callable[[Any], int]
+    start: str
+    control: str
+    about: str
+
+
+CHAIN = {
+    "sft": Stage(SftRecipe, sft.main, "pretrain", "pretrain", "fine-tuning; control: the base model"),
+    "rlvr": Stage(RLRecipe, rl.main, "sft", "more", "GRPO on three tasks; control: fine-tuning for as many tokens"),
+    "sums": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in sums; control: rlvr"),
+    "strings": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in strings; control: rlvr"),
+    "mopd": Stage(MopdRecipe, mopd.main, "rlvr", "rlvr", "taught by both specialists; control: rlvr, where it began"),
+    "heal": Stage(HealRecipe, heal.main, "mopd", "mopd", "draft block only; control: mopd, which it must equal"),
+}
+
+
+def live(base: Path, seed: int) -> int:
+    """Carries the finished first run in `base` through its stages; returns the exit code of the first that stops.
+
+    Each stage's folder is base/stages/NAME. base/results.json has {stage: {task: {score, control, n}}}: the mean reward
+    of held-out problems, sampled at temperature 1.
+    """
+    home = base / "stages"
+    known = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.is_file() else {}
+    results: dict[str, dict[str, Any]] = {"pretrain": {}}
+    reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(scored(base, home / "pretrain-scores"))}
+    for name, stage in CHAIN.items():
+        say(f"\n{name}: {stage.about}")
+        start = base if stage.start == "pretrain" else home / stage.start
+        overrides = [f"start={start}", f"run={home / name}", f"seed={seed}"]
+        if name == "mopd":
+            overrides += [f"teachers.{one}.path={home / one}" for one in ("sums", "strings")]
+        code = stage.main(config.load(stage.settings, STAGES / f"{name}.toml", overrides))
+        if code:
+            return code
+        scores = scored(home / name, home / name / "scores")
+        reached[name] = rewards(scores)
+        results[name] = beside(scores, reached.get(stage.control, {}))
+        say(table(results[name]))
+        write(base / RESULTS, results)
+    say(f"\n{acceptance(home / 'heal')}")
+    say(f"{base / RESULTS} has these figures. Serve what became of it, with a bound on its thoughts:")
+    say(f"  trimaran serve {home / 'heal'} engine.drafter=mtp")
+    return 0
+
+
+def scored(folder: Path, records: Path) -> dict[str, Score]:
+    """Held-out scores of a folder's model; every episode is on record in `records`."""
+    settings = config.load(ScoreSettings, TASKS)
+    held = open_folder(str(folder), FolderSettings())
+    return score(Engine(held.model, held.tokenizer, settings.engine), settings.open(), settings, records)
+
+
+def rewards(scores: Mapping[str, Score]) -> dict[str, float]:
+    return {name: one.sampled.reward for name, one in scores.items() if one.sampled is not None}
+
+
+def beside(scores: Mapping[str, Score], control: Mapping[str, float]) -> dict[str, Any]:
+    """{task: {score, control, n}}; the control is None where there is none for a task."""
+    return {
+        name: {"score": one.sampled.reward, "control": control.get(name), "n": one.sampled.n}
+        for name, one in scores.items()
+        if one.sampled is not None
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line per task."""
+    lines = [("task", "", "score", "control", "problems")]
+    for task, one in results.items():
+        control = "-" if one["control"] is None else f"{one['control']:.1%}"
+        lines.append((task, "", f"{one['score']:.1%}", control, str(one["n"])))
+    return aligned(lines)
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    with writing(path):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def acceptance(folder: Path) -> str:
+    """What healing did to the draft block, in a sentence."""
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))["acceptance"]
+    return f"Draft block, tokens per pass of the whole model: {found}"
