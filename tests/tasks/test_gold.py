@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import count
 
 import pytest
 
 from trimaran.errors import Refusal
 from trimaran.tasks.gold import conversations
 from trimaran.tasks.names import TASKS, task
+from trimaran.tasks.sorting import Sorting
 from trimaran.tasks.task import REWARD, Task, Trace
 
 
@@ -62,3 +65,44 @@ def test_every_name_is_a_task(name):
 
     found = config.named(name, TASKS, "task")
     assert issubclass(found, Task) and found.name == name
+
+
+class Gullible(Sorting):
+    """A task that pays whoever says enough."""
+
+    def score(self, trace):
+        right = self.gold(trace.prompt)[0]["content"]
+        return {REWARD: float(right in trace.answer or len(trace.answer) > 10)}
+
+
+class Wrong(Sorting):
+    """A task whose own answer is not right."""
+
+    def gold(self, prompt):
+        return ({"role": "assistant", "content": "0"},)
+
+
+class Leaking(Sorting):
+    """A task that trains what it holds out."""
+
+    def prompt(self, number, split="train"):
+        return replace(super().prompt(number), split=split)
+
+
+class Forgetful(Sorting):
+    """A task that never draws the same problem twice."""
+
+    def prompt(self, number, split="train"):
+        return super().prompt(next(COUNTER), split)
+
+
+COUNTER = count()
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [(Gullible, "the answer"), (Wrong, "scores 0"), (Leaking, "both splits"), (Forgetful, "drawn twice differs")],
+)
+def test_nothing_is_learned_from_a_task_that_fails_its_check(broken, found):
+    with pytest.raises(Refusal, match=found):
+        conversations({"lists": (broken(), 5)})

@@ -11,17 +11,20 @@ from trimaran.tasks.task import Task
 Row = dict[str, Any]  # of a messages JSONL
 
 SPACING = 10_000_000  # between the problems of two seeds
+CHECKED = 8  # problems of each split, before a task is learned from
 
 
 def conversations(tasks: Mapping[str, tuple[Task, int]], seed: int = 0) -> Iterator[Row]:
     """`count` perfect episodes of each task's training problems, in one shuffled order.
 
     tasks: name -> (task, count), the names being the caller's own. A row has `messages`, `tools` where any are offered,
-    `task` (the name) and `thinking`. Another seed gives other problems and another order.
+    `task` (the name) and `thinking`. Another seed gives other problems and another order. Raises Refusal for a task
+    that fails its check.
     """
-    for name, (_, count) in tasks.items():
+    for name, (task, count) in tasks.items():
         if count < 1:
             raise Refusal(f"{name}: count = {count}", "1 or more episodes", "leave the task out or ask for some")
+        task.check(CHECKED)
     order = [(name, number) for name, (_, count) in tasks.items() for number in range(count)]
     Random(digest(f"order {seed}")).shuffle(order)
     return (row(name, tasks[name][0], seed * SPACING + number) for name, number in order)
