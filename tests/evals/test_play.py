@@ -5,7 +5,7 @@ from tests.evals.boats import Leaky, Talk
 from trimaran.engine.engine import Engine
 from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal
-from trimaran.evals.play import Group, Played, Player, PlaySettings
+from trimaran.evals.play import Group, Played, Player, PlaySettings, seed_of
 from trimaran.text.conversation import Conversation
 from trimaran.text.tags import THINK_CLOSE
 
@@ -39,6 +39,25 @@ def test_episodes_are_the_same_alone_and_together_in_any_order(engine, model, to
     assert fewer == {key: together[key] for key in [(2, 0), (4, 0)]}
     other = dict(map(facts, Player(engine).play(groups(task, [2], seed=1))))
     assert other[2, 0] != together[2, 0]
+
+
+def test_samples_that_began_alike_go_on_by_dice_of_their_own(engine):
+    task = Talk()
+    groups_of = [
+        Group(task, task.prompt(n, split), SETTINGS, seed=s)
+        for n in (0, 1)
+        for split in ("train", "held_out")
+        for s in (0, 1)
+    ]
+    turns = [seed_of(group, *later) for group in groups_of for later in ((), (0, 1), (1, 1), (0, 2), (1, 2))]
+    assert len(set(turns)) == len(turns)
+    alike = {}
+    for played in Player(engine).play(groups(task, [0], samples=40)):
+        if len(played.outputs) > 1:
+            first, second = (tuple(output.tokens) for output in played.outputs[:2])
+            alike.setdefault(first, []).append(second)
+    most = max(alike.values(), key=len)
+    assert len(most) > 1 and len(set(most)) > 1
 
 
 def test_outputs_stand_verbatim_in_the_ids_and_their_log_probabilities_are_the_models(engine, model, tokenizer):
