@@ -452,3 +452,14 @@ def test_calls_give_values_and_failures():
 
 def test_the_c_library_sees_what_python_passes():
     assert ctypes.sizeof(ctypes.c_void_p) == 8, "the filter reads the low half of 64-bit arguments"
+
+
+def test_a_second_way_into_the_kernel_is_shut(run):
+    if os.uname().machine != "x86_64":
+        pytest.skip("x32 is of x86_64")
+    assert run("import ctypes\nctypes.CDLL(None).syscall(0x40000027)").exit == -signal.SIGSYS
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(Refusal, match=r"limits\.disk_megabytes"):
+        sandbox.run("pass", "x" * (1 << 20), Limits(disk_megabytes=1))

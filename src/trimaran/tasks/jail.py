@@ -159,13 +159,13 @@ def usage(keeper: int) -> tuple[int, float]:
 
 def descendants(process: int) -> Iterator[int]:
     """A process and all below it."""
-    yield process
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        for thread in os.listdir(f"/proc/{process}/task"):
-            with open(f"/proc/{process}/task/{thread}/children", "rb") as file:
-                children = file.read().split()
-            for child in children:
-                yield from descendants(int(child))
+    waiting = [process]
+    while waiting:
+        yield (parent := waiting.pop())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", "rb") as file:
+                    waiting += map(int, file.read().split())
 
 
 def keep(job: Job, walls: bool, box: str, ends: dict[str, int]) -> None:
@@ -244,6 +244,7 @@ def confine(limits: dict[str, int]) -> None:
         "CORE": (0, 0),
         "MEMLOCK": (0, 0),
         "MSGQUEUE": (0, 0),
+        "SIGPENDING": (64, 64),
     }
     for name, (soft, hard) in bounds.items():
         kind = getattr(resource, f"RLIMIT_{name}", None)

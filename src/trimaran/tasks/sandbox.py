@@ -87,6 +87,10 @@ def run(source: str, stdin: str = "", limits: Limits | None = None, isolation: I
     if sys.platform != "linux" and isolation == "namespaces":
         raise refused(f"{sys.platform} has none")
     limits = limits or Limits()
+    size = len(source.encode(errors="surrogatepass")) + len(stdin.encode(errors="surrogatepass"))
+    if size > limits.disk_megabytes << 19:
+        half = f"{limits.disk_megabytes << 19} bytes, half of limits.disk_megabytes"
+        raise Refusal(f"a program and its input of {size} bytes", half, "raise limits.disk_megabytes")
     job = {
         "source": source,
         "stdin": stdin,
