@@ -232,9 +232,9 @@ def read_tensors(folder: Path, model: HybridModel) -> dict[str, dict[str, Tensor
 
 def repeats(key: str, tensor: Tensor, model: HybridModel) -> bool:
     """Whether a tensor is the model's own head or embedding, which peft saves beside the adapter of a head."""
-    ends = {"lm_head.base_layer.weight": model.head, "lm_head.weight": model.head}
+    ends: dict[str, Any] = {"lm_head.base_layer.weight": model.head, "lm_head.weight": model.head}
     ends |= dict.fromkeys(("embeddings.weight", "embed_tokens.weight"), model.backbone.embeddings)
-    owner: Any = next((owner for end, owner in ends.items() if key.endswith(f".{end}")), None)
+    owner = next((owner for end, owner in ends.items() if key.endswith(f".{end}")), None)
     own = getattr(owner, "weight", None)
     return own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own))
 
