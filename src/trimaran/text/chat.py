@@ -64,6 +64,13 @@ def encode_chat(
     return mask.encode(text, spans)
 
 
+@lru_cache(maxsize=8)
+def hidden_names(controls: tuple[str, ...]) -> tuple[list[str], re.Pattern[str]]:
+    """(names to hide, longest first, what finds them)."""
+    names = sorted([*controls, *GENERATION], key=len, reverse=True)
+    return names, re.compile("|".join(map(re.escape, names)))
+
+
 class Mask:
     """Hides the names of control tokens in message text from the template and the tokenizer, until both are done.
 
@@ -72,10 +79,9 @@ class Mask:
 
     def __init__(self, tokenizer: Tokenizer, everything: Any):
         self.tokenizer = tokenizer
-        self.names = sorted([*tokenizer.controls, *GENERATION], key=len, reverse=True)
-        used = set(json.dumps(everything, ensure_ascii=False, default=str))
+        self.names, self.control = hidden_names(tuple(tokenizer.controls))
+        used = json.dumps(everything, ensure_ascii=False, default=str)
         self.sign = next(sign for sign in map(chr, range(0xE000, 0xF8FF)) if sign not in used)
-        self.control = re.compile("|".join(map(re.escape, self.names)))
         self.hidden = re.compile(f"{self.sign}([0-9]+){self.sign}")
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
