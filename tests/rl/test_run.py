@@ -23,6 +23,7 @@ VARIANTS = {
     "plain": {},
     "stale": {"rollouts": {"stale": 1}},
     "updates": {"train": {"batch_size": 4, "steps": 6, "checkpoint_every": 3}},
+    "lora": {"lora": {"rank": 4, "dropout": 0.1}},
     "reference": {"policy": {"kl": 0.05}, "curriculum": {"pool": 12}, "shaping": {"answer_length": 0.1}},
 }
 SAME = ("model.safetensors", "rollouts.jsonl", "transcripts.md")
@@ -233,6 +234,6 @@ def test_a_task_whose_check_fails_is_refused(start, tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(Refusal, match="which is no folder"):
+    with pytest.raises(Refusal, match="is no folder"):
         main(toys.recipe(tmp_path / "nothing", tmp_path / "run"))
     assert not (tmp_path / "run").exists()

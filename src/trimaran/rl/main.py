@@ -7,20 +7,20 @@ from typing import Any
 import torch
 
 from trimaran.engine.engine import Engine
-from trimaran.errors import Refusal
-from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.memory import keep_freed_memory
-from trimaran.report import read_metrics, say
+from trimaran.report import curve_png, read_metrics, say, series
 from trimaran.rl.objective import PolicyGradient
 from trimaran.rl.recipe import RLRecipe
 from trimaran.rl.records import Records
 from trimaran.rl.rollout import check_tasks
 from trimaran.rl.source import Rollouts
 from trimaran.text.tokenizer import Tokenizer
+from trimaran.train.adapters import begin_adapters
 from trimaran.train.folder import absolute, carry_out, saved
 from trimaran.train.loop import Run
-from trimaran.train.prepare import optimizer_of, place
+from trimaran.train.prepare import optimizer_of
+from trimaran.train.sft import opened_model, opened_tokenizer
 
 
 def main(recipe: RLRecipe) -> int:
@@ -48,6 +48,7 @@ def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Ru
     tokenizer.save(recipe.run)
     torch.manual_seed(recipe.seed)
     settings = recipe.train
+    begin_adapters(model, recipe.lora, settings, recipe.seed)
     objective = PolicyGradient(
         model,
         recipe.policy,
@@ -65,22 +66,19 @@ def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Ru
 
 
 def opened(start: str, device: str) -> tuple[Tokenizer, HybridModel]:
-    """Tokenizer and model of a folder, in fp32. Refuses a tokenizer that spells more than the model knows."""
-    path = Path(start)
-    if not path.is_dir():
-        raise Refusal(f"start = {start!r}, which is no folder", "a run or hub folder", "train one, or correct the path")
-    tokenizer = Tokenizer.load(path)
-    model = hub.load(path, dtype=torch.float32, device=place(device))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        found = f"a tokenizer of {tokenizer.vocab_size} tokens for a model that knows {model.config.vocab_size}"
-        raise Refusal(found, "the model's own tokenizer", "correct start")
-    return tokenizer, model
+    """Tokenizer (with a chat template) and model of a folder, in fp32. Refuses a folder in which they do not fit."""
+    tokenizer = opened_tokenizer(start)
+    return tokenizer, opened_model(start, device, tokenizer)
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The folder as `folder.saved` leaves it, and a word on what was reached."""
+    """The folder as `folder.saved` leaves it, its curve that of the rewards, and a word on what was reached."""
     result = saved(run)
-    rewards = [one["reward"] for one in read_metrics(run.folder / "metrics.jsonl") if "reward" in one]
-    if rewards:
+    metrics = run.folder / "metrics.jsonl"
+    names = {name: name for one in read_metrics(metrics)[:1] for name in one if name.split("/")[0] == "reward"}
+    curves = series(metrics, **{name.removeprefix("reward/"): column for name, column in names.items()})
+    if curves:
+        curve_png(run.folder / "curve.png", curves, title=run.folder.name, value="mean reward of a batch")
+        rewards = curves["reward"][1]
         say(f"mean reward of a batch: {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last")
     return result

@@ -8,8 +8,10 @@ from trimaran.config import Settings
 from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal
 from trimaran.evals.play import PlaySettings
+from trimaran.model.lora import LoraSettings
 from trimaran.tasks import names
 from trimaran.tasks.task import Task
+from trimaran.train.adapters import with_still_routers
 from trimaran.train.recipe import TrainSettings
 
 Importance = Literal["none", "tis", "icepop", "seq-mask-tis"]
@@ -148,7 +150,8 @@ class UpdateSettings(TrainSettings):
 
 
 class RLRecipe(Settings):
-    """One run of reinforcement learning: `trimaran train RECIPE`. `start`: the folder whose model goes on learning."""
+    """One run of reinforcement learning: `trimaran train RECIPE`. `start`: the folder whose model goes on learning, all
+    of its weights or, with a table `lora`, adapters alone."""
 
     stage: Literal["rl", "mopd"] = "rl"  # "mopd": see mopd_recipe.py
     start: str
@@ -162,6 +165,12 @@ class RLRecipe(Settings):
     logs: LogSettings = LogSettings()
     engine: EngineSettings = EngineSettings()
     train: UpdateSettings
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _still_routers(cls, given: Any) -> Any:
+        return with_still_routers(given)
 
     @model_validator(mode="after")
     def _fits(self) -> "RLRecipe":
