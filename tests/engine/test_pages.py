@@ -152,6 +152,31 @@ def test_a_budget_is_kept_and_used(kind):
         Memory(model, bytes=row - 1, rows=8, draft=3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("draft", [0, 1, 3, 15])
+def test_states_on_trial_are_told_and_bounded(draft, monkeypatch):
+    """What all trials of a pass keep, whatever their lengths: never more than `arithmetic` says."""
+    model, kept_any = tiny("mamba", torch.float32), False
+    for limit in (1, 10**5, 1 << 20):
+        for module in ("paged", "pages"):
+            monkeypatch.setattr(f"trimaran.engine.{module}.STEPPED_BYTES", limit)
+        memory = Memory(model, rows=6, pages=0, draft=draft, ssm_dtype=torch.float16)
+        told = [line for line in memory.arithmetic() if "drafts are verified" in line]
+        assert bool(told) == bool(draft) and (not told or readable(memory.trial_bytes) in told[0])
+        for counts in ([draft + 1] * 6, [1 + n % (draft + 1) for n in range(6)]):
+            rows = [memory.open() for _ in counts]
+            segments = [Segment(row, n, trial=draft > 0) for row, n in zip(rows, counts, strict=True)]
+            view = memory.view(segments)
+            model.hidden(torch.ones(1, sum(counts), dtype=torch.long), state=view)
+            written = [trial for layer in view.layers if layer for trial in layer.trials.values()]
+            kept = sum(trial.states_KSHPN.nbytes for trial in written if trial.states_KSHPN is not None)
+            assert kept <= memory.trial_bytes
+            kept_any |= kept > 0
+            for row in rows:
+                memory.close(row)
+    assert kept_any == (draft > 0)
+
+
 def share_of(model) -> int:
     """The least that `Memory` accepts for one row with a draft of 3."""
     unit = Memory(model, pages=1, rows=1, draft=3).unit

@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trimaran.engine.pages import Memory, Sequence, Stack
+from trimaran.engine.pages import STEPPED_BYTES, STEPS, Memory, Sequence, Stack
 from trimaran.engine.reach import Plan, Rules, Span, neighbours, plan
 from trimaran.model.layout import Layout
 from trimaran.model.state import Convolution
@@ -81,6 +81,7 @@ class PagedState:
             self.written = run_of(written, device)
         self._plans: dict[int | None, Plan] = {}
         self.groups = group(self)
+        self.stepped = sum(g.count * len(g.order) for g in self.groups if g.trial and g.count <= STEPS)  # tokens
         self.layers = self._layers()
         self.done = self.kept = False
 
@@ -246,11 +247,6 @@ def run_of(numbers: list[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(numbers, device=device)
 
 
-# Bytes of states that could be moved in the time that the calls for looking and folding take beyond those for stepping.
-STEPPED_BYTES = 1 << 20
-STEPS = 8  # tokens of a trial up to which steps are considered
-
-
 @dataclass
 class Written:
     """What a trial's tokens would have written: the tails and the states after each of them; or, where those would be
@@ -327,7 +323,8 @@ class PagedMamba:
 
     def _steps(self, group: Group, state_SHPN: Tensor) -> bool:
         """Whether a trial keeps the state after each of its tokens; else it moves the state once, when it is kept."""
-        return group.count <= STEPS and group.count * state_SHPN.nbytes <= STEPPED_BYTES
+        each = state_SHPN.nbytes // len(group.order)
+        return group.count <= STEPS and self.view.stepped * each <= STEPPED_BYTES
 
     def keep(self, counts: abc.Sequence[int]) -> None:
         """Moves each slot on by the first counts[i] tokens of its segment on trial."""

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 Stack = Literal["trunk", "mtp"]
 
+# Bytes of states that could be moved in the time that the calls for looking and folding take beyond those for stepping.
+STEPPED_BYTES = 1 << 20
+STEPS = 8  # tokens of a trial up to which steps are considered
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -189,7 +193,7 @@ class Memory:
                 raise Refusal(f"{name} = {value}", f"{least} or more", f"raise {name}")
         if (bytes is None) == (pages is None):
             raise Refusal(f"bytes = {bytes} with pages = {pages}", "exactly one of them", "leave the other out")
-        self.unit = Unit.of(config, dtype, self.ssm_dtype, page, draft)
+        self.unit, self.draft = Unit.of(config, dtype, self.ssm_dtype, page, draft), draft
         self.asked = (rows, snapshots)
         if bytes is not None:
             rows, snapshots, pages = share_out(self.unit, bytes, rows, snapshots)
@@ -246,6 +250,15 @@ class Memory:
         """Bytes allocated."""
         return self.kv.nbytes + self.tail.nbytes + self.ssm.nbytes
 
+    @property
+    def trial_bytes(self) -> int:
+        """The most that a pass with drafts keeps of states after each token on trial, beside what is allocated."""
+        if not self.draft:
+            return 0
+        wide = torch.promote_types(self.dtype, torch.float32)
+        layers, each = self.ssm.shape[0], self.ssm[:1, :1].numel() * wide.itemsize
+        return layers * min(STEPPED_BYTES, self.total_slots * min(self.draft + 1, STEPS) * each)
+
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens need: none in a model without attention."""
         return -(-tokens // self.page) if self.unit.kv_token else 0
@@ -268,6 +281,10 @@ class Memory:
             lines.append(f"{self.total_pages} pages x {each} = {total}")
         else:
             lines.append("no pages: the model has no attention")
+        if self.trial_bytes:
+            lines.append(
+                f"while drafts are verified up to {readable(self.trial_bytes)} more, for the states after each"
+            )
         return lines
 
     # sequences
