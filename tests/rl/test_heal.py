@@ -14,7 +14,7 @@ from trimaran.engine.plain import generate
 from trimaran.engine.request import EngineSettings
 from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
-from trimaran.evals.play import Group
+from trimaran.evals.play import Group, seed_of
 from trimaran.rl.acceptance import Acceptance, compared, interval, measure
 from trimaran.rl.heal import main
 from trimaran.rl.heal_recipe import HealRecipe, WritingSettings
@@ -106,8 +106,6 @@ def test_acceptance_is_what_plain_speculative_decoding_does():
         for place, group in enumerate(groups):
             conversation = Conversation(words, thinking=False)
             conversation.hear(group.prompt.messages)
-            from trimaran.evals.play import seed_of
-
             sampling = Sampling(
                 temperature=temperature, max_tokens=20, stop_ids=words.stop_ids, seed=seed_of(group), logprobs=True
             )

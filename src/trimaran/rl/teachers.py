@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trimaran.errors import Refusal
 from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
-from trimaran.rl.source import logprobs
-from trimaran.rl.streams import Example, pack, unpack
+from trimaran.ops.logprobs import token_logprobs
+from trimaran.rl.streams import Example, PolicyStreams, pack, unpack
 from trimaran.text.template import NEMOTRON_3
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.loop import parts
@@ -56,10 +57,23 @@ class Teachers:
             streams = pack(mine, self.row, self.pad_id)
             # cut as the trainer cuts its step: a teacher that is the student then has its very numbers
             model, cut = self.model(folder), parts(streams, self.cuts)
-            read_BT = torch.cat([logprobs(model, one, self.temperature, len(one.tokens_BT)) for one in cut])
+            read_BT = torch.cat([self.read(model, one) for one in cut])
             for place, one, values in zip(places, mine, unpack(read_BT, streams, mine), strict=True):
                 found[place] = replace(one, teacher=values)
         return found
+
+    def read(self, model: HybridModel, part: PolicyStreams) -> Tensor:
+        """Log-probabilities [B, T] of the chosen tokens under a frozen model, 0 elsewhere.
+
+        Gradients stay on, although nothing here wants one: without them layers take paths that round otherwise.
+        """
+        part = part.to(self.device)
+        counts_BT = part.weights_BT > 0
+        hidden_MD = model.hidden(part.tokens_BT, part.doc_ids_BT)[counts_BT]
+        logp_M = token_logprobs(hidden_MD, model.head, part.targets_BT[counts_BT], temperature=self.temperature)
+        found_BT = logp_M.new_zeros(counts_BT.shape)
+        found_BT[counts_BT] = logp_M
+        return found_BT.cpu()
 
     def model(self, folder: str) -> HybridModel:
         """The model in `folder`; whichever was asked for longest ago makes room for it."""
