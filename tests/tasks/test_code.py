@@ -32,7 +32,7 @@ def fenced(source):
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_it_can_be_trusted(level):
-    task("code", {"level": level}).check(2)
+    task("code", {"level": level}).check(1)
 
 
 @pytest.mark.parametrize("make", CLASSICS, ids=lambda make: make.__name__)
@@ -55,9 +55,9 @@ def test_steps_say_what_they_do():
 
 def test_a_wrong_step_is_found_out():
     """Another problem's solution hardly ever passes."""
-    prompts = [Code(level=2).prompt(number) for number in range(5)]
+    prompts = [Code(level=2).prompt(number) for number in range(3)]
     others = [scored(mine, Code().gold(other)[0]["content"]) for mine, other in pairwise(prompts)]
-    assert [score["reward"] for score in others] == [0] * 4 and all(score["code"] == 1 for score in others)
+    assert [score["reward"] for score in others] == [0] * 2 and all(score["code"] == 1 for score in others)
 
 
 def test_some_tests_passed_are_a_note_and_no_reward():

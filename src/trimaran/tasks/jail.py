@@ -34,6 +34,9 @@ Job = dict[str, Any]
 
 def main() -> None:
     """Reads a job, carries it out, writes the report."""
+    for number in (signal.SIGCHLD, signal.SIGXCPU):  # what the caller ignores or blocks would be inherited
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     job = json.load(sys.stdin.buffer)
     walls = job["isolation"] == "namespaces"
     if sys.platform == "linux":
