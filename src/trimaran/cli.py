@@ -121,6 +121,8 @@ STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
     "sft": Stage("trimaran.train.sft_recipe:SftRecipe", "trimaran.train.sft:main"),
     "rl": Stage("trimaran.rl.recipe:RLRecipe", "trimaran.rl.main:main"),
+    "mopd": Stage("trimaran.rl.mopd_recipe:MopdRecipe", "trimaran.rl.mopd:main"),
+    "heal": Stage("trimaran.rl.heal_recipe:HealRecipe", "trimaran.rl.heal:main"),
     "dpo": Stage("trimaran.rl.preference_recipe:PreferenceRecipe", "trimaran.rl.preference_main:main"),
 }
 
