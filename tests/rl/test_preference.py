@@ -137,7 +137,7 @@ def test_draft_block_and_routers_stay_and_the_bias_follows_the_load():
 
 @pytest.mark.slow
 def test_trl_agrees(tmp_path):
-    """trl's ["sigmoid", "sft"] with weights 1 and .2 and another model as reference, on padded rows of one text each."""
+    """trl's ["sigmoid", "sft"] with weights 1 and .2, another model as reference, on padded rows of one text each."""
     trl = pytest.importorskip("trl")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
@@ -300,6 +300,7 @@ def test_a_row_that_cannot_be_used_is_refused_by_its_line(wrong, said, start, tm
         ({"preference.weight": 0.0, "preference.sft_weight": 0.0}, "weight = 0"),
         ({"lora.dropout": 0.1}, "lora.dropout"),
         ({"lora.targets": ["mambo"]}, "matches nothing"),
+        ({"lora.rank": 2, "preference.train_router": True}, "train_router"),
         ({"lora.rank": 2, "train.router_bias_rate": 0.001}, "router_bias_rate"),
         ({"train.mtp_scale": 0.3}, "mtp_scale"),
     ],

@@ -70,9 +70,12 @@ class PreferenceRecipe(Settings):
         return with_still_routers(given)
 
     @model_validator(mode="after")
-    def _no_dropout(self) -> "PreferenceRecipe":
+    def _fits_adapters(self) -> "PreferenceRecipe":
         # With dropout the policy would differ from its reference before anything was learnt.
         if self.lora is not None and self.lora.dropout:
             found = f"lora.dropout = {self.lora.dropout}"
             raise Refusal(found, "0: a pair is judged against the same model without", "leave it out")
+        if self.lora is not None and self.preference.train_router:
+            found = "preference.train_router = true with lora"
+            raise Refusal(found, "false: all but the adapters is frozen", "leave one of the two out")
         return self
