@@ -96,5 +96,12 @@ def test_profile_of_an_earlier_run(tmp_path):
 
 
 def test_a_pool_smaller_than_a_batch_is_refused():
-    with pytest.raises(Refusal, match=r"curriculum\.pool = 3"):
+    with pytest.raises(Refusal, match=r"a pool of 3 prompts for one.*at least the 4"):
         curriculum(4, pool=3)
+
+
+def test_the_pool_of_a_task_with_an_end_begins_again():
+    found = Curriculum(CurriculumSettings(pool=100), ONE, 4, 0, 10, {"one": 6})
+    found.learn([rollout(number, 1.0, group=number) for number in (0, 1, 2)])
+    assert {one.number for one in found.ask(0)} <= set(range(6))
+    assert found.pools["one"].rates == {}

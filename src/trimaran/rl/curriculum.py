@@ -38,10 +38,14 @@ def apportioned(shares: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 class Pool:
-    """The prompts of one environment. rates: pass-rate of each prompt that was tried, as it was last seen."""
+    """The prompts of one environment. rates: pass-rate of each prompt that was tried, as it was last seen.
 
-    def __init__(self, settings: CurriculumSettings):
-        self.settings = settings
+    size: how many problems its task has; None: no end of them.
+    """
+
+    def __init__(self, settings: CurriculumSettings, size: int | None = None):
+        self.settings, self.size = settings, size
+        self.width = settings.pool if size is None else min(settings.pool, size)
         self.first = self.taken = 0  # where the pool begins; prompts taken so far
         self.rates: dict[int, float] = {}
 
@@ -56,8 +60,8 @@ class Pool:
 
     def draw(self, count: int, progress: float, chance: np.random.Generator) -> list[int]:
         open_ = self.open()
-        if len(open_) < count:  # all but a few are solved: the pool moves on to prompts never seen
-            self.first += self.settings.pool
+        if len(open_) < count:
+            self.move_on()
             open_ = self.open()
         settings = self.settings
         aim = settings.easy + (settings.hard - settings.easy) * progress
@@ -67,9 +71,16 @@ class Pool:
         drawn = chance.choice(len(open_), size=count, replace=False, p=weights / weights.sum())
         return [open_[place] for place in drawn]
 
+    def move_on(self) -> None:
+        """All but a few are solved: on to prompts never seen, or, where there are no others, to all of them again."""
+        if self.size is None:
+            self.first += self.width
+        else:
+            self.rates = {}
+
     def open(self) -> list[int]:
         """Prompts of the pool that may be asked."""
-        numbers = range(self.first, self.first + self.settings.pool)
+        numbers = range(self.first, self.first + self.width)
         solved = 1.0 if self.settings.drop_solved else math.inf
         return [number for number in numbers if self.rates.get(number, 0.0) < solved]
 
@@ -86,19 +97,25 @@ class Pool:
 
 
 class Curriculum:
-    """The pools of all environments."""
+    """The pools of all environments. steps: batches of the run; sizes: problems of each environment's task."""
 
     def __init__(
-        self, settings: CurriculumSettings, environments: Mapping[str, Environment], prompts: int, seed: int, steps: int
+        self,
+        settings: CurriculumSettings,
+        environments: Mapping[str, Environment],
+        prompts: int,
+        seed: int,
+        steps: int,
+        sizes: Mapping[str, int | None] | None = None,
     ):
         self.settings, self.seed, self.batches = settings, seed, max(1, steps - 1)
         self.counts = apportioned({name: one.share for name, one in environments.items()}, prompts)
-        self.pools = {name: Pool(settings) for name in environments}
-        if settings.pool and settings.pool < max(self.counts.values()):
-            found = f"curriculum.pool = {settings.pool}"
-            raise Refusal(
-                found, f"at least the {max(self.counts.values())} prompts of a batch", "raise curriculum.pool"
-            )
+        self.pools = {name: Pool(settings, (sizes or {}).get(name)) for name in environments}
+        for name, pool in self.pools.items():
+            if settings.pool and pool.width < self.counts[name]:
+                found = f"a pool of {pool.width} prompts for {name}"
+                step = "raise curriculum.pool, or lower the environment's share"
+                raise Refusal(found, f"at least the {self.counts[name]} of a batch", step)
         if settings.profile is not None:
             self.profile(Path(settings.profile))
 

@@ -59,8 +59,9 @@ class Rollouts:
         rollouts = recipe.rollouts
         self.play = {name: rollouts.play(one.effort) for name, one in recipe.environments.items()}
         self.batches = -(-recipe.train.steps // recipe.updates)
+        sizes = {name: task.size() for name, task in tasks.items()}
         self.curriculum = Curriculum(
-            recipe.curriculum, recipe.environments, rollouts.prompts, recipe.seed, self.batches
+            recipe.curriculum, recipe.environments, rollouts.prompts, recipe.seed, self.batches, sizes
         )
         self.rolled = self.used = 0  # batches rolled out, and those learnt from
         self.waiting: list[list[Rollout]] = []  # rolled out ahead
