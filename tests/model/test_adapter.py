@@ -144,11 +144,11 @@ def theirs(folder):
     ).eval()
 
 
-@pytest.mark.parametrize("kind", PEFT_KINDS)
-def test_peft_opens_ours_and_agrees(kind, peft, tmp_path, recwarn):
+@pytest.mark.parametrize(("kind", "targets"), [*PEFT_KINDS.items(), ("qwen", ["all"])])
+def test_peft_opens_ours_and_agrees(kind, targets, peft, tmp_path, recwarn):
     tokens = random_tokens(2, 33)
     hub.save(tiny(kind, torch.float32, mtp_pattern=""), tmp_path / "base")
-    model = with_adapters(kind, torch.float32, targets=PEFT_KINDS[kind], changes={"mtp_pattern": ""})
+    model = with_adapters(kind, torch.float32, targets=targets, changes={"mtp_pattern": ""})
     adapter.save(model, tmp_path / "adapter")
     opened = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter")
     assert not [str(w.message) for w in recwarn if "adapter" in str(w.message).lower() and "key" in str(w.message)]

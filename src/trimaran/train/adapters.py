@@ -6,6 +6,7 @@ from typing import Any
 
 from trimaran.errors import Refusal
 from trimaran.model import adapter, lora
+from trimaran.model.dialects import model_type
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.lora import LoraSettings
 from trimaran.model.moe import MoE
@@ -45,6 +46,10 @@ def begin_adapters(model: HybridModel, settings: LoraSettings | None, train: Tra
 
 def end_adapters(model: HybridModel, folder: Path, base: str | None = None) -> None:
     """Saves the adapters of a finished run under folder/adapter and merges them; nothing where there are none."""
-    if lora.adapted(model):
-        adapter.save(model, folder / FOLDER, base)
-        lora.merge(model)
+    if not lora.adapted(model):
+        return
+    adapter.save(model, folder / FOLDER, base)
+    stacked = any(isinstance(module, lora.StackedLowRank) for module in lora.adapters(model).values())
+    if stacked and model_type(model.config) == "nemotron_h":
+        say(f"peft passes by what {folder / FOLDER} holds for routed experts; {folder} is merged and has it")
+    lora.merge(model)
