@@ -15,7 +15,10 @@ NAMES |= {f"stage {name}: {place}": place for name, stage in STAGES.items() for 
 
 
 def settings_of(path: Path) -> type[config.Settings]:
-    return config.imported(config.named(config.read(path)["stage"], STAGES, "stage").settings)
+    """What a recipe's stage says; a table without one is a list of tasks to score."""
+    stage = config.read(path).get("stage")
+    place = "trimaran.evals.run:ScoreSettings" if stage is None else config.named(stage, STAGES, "stage").settings
+    return config.imported(place)
 
 
 def overrides_of(path: Path) -> list[str]:
