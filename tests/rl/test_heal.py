@@ -36,7 +36,7 @@ def tables(start: Path, run: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         "draft": {"depth": 3},
         "measure": {"prompts": 8, "draft": 3},
         "engine": MEMORY,
-        "train": {"steps": 30, "batch_size": 16, "lr": 2e-2, "checkpoint_every": 6},
+        "train": {"steps": 16, "batch_size": 16, "lr": 4e-2, "checkpoint_every": 6},
     }
     for name, table in changes.items():
         whole[name] = {**whole[name], **table}
@@ -65,14 +65,16 @@ def test_the_trunk_is_the_same_to_the_bit_and_the_draft_block_is_not(start, heal
 
 def test_drafts_stand_more_often(healed):
     result = json.loads((healed / "result.json").read_text())
-    assert set(result["acceptance"]) == {"greedy", "sampled"} and result["steps"] == 30
+    assert set(result["acceptance"]) == {"greedy", "sampled"} and result["steps"] == 16
     for found in result["acceptance"].values():
-        assert found["gain"] > 0 and found["gain"] == found["after"]["length"] - found["before"]["length"]
+        assert found["gain"] == found["after"]["length"] - found["before"]["length"]
         assert 1 <= found["before"]["length"] <= found["after"]["length"] <= 4
         # the trunk says the same texts
         assert found["before"]["tokens"] == found["after"]["tokens"]
+    # drawn from a random trunk's nearly even law, drafts hardly ever stand; its likeliest tokens can be learnt
+    assert result["acceptance"]["greedy"]["gain_interval"][0] > 0.05
     losses = [json.loads(line)["loss"] for line in (healed / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_interrupted_and_resumed_is_uninterrupted(start, healed, tmp_path, monkeypatch):
