@@ -113,27 +113,32 @@ LIMITED = """
 import re, resource, sys
 from trimaran.model import hub
 
-def load_within(share):
-    used = int(re.search(r"VmData:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used + int(share * int(sys.argv[2])), resource.RLIM_INFINITY))
-    hub.load(sys.argv[1])
-
-hub.load("300k")  # everything imported
-try:
-    load_within(0.9)
-except RuntimeError:
-    load_within(1.25)
-    print("one copy")
+small, folder, room = sys.argv[1:]
+hub.load(small)  # everything imported that a folder needs
+used = int(re.search(r"VmData:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(room), resource.RLIM_INFINITY))
+hub.load(folder)
+print("loaded")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_copy_is_enough(tmp_path):
     """Loading fits into 1.25 models of private memory (and not into 0.9, so the limit does bind)."""
-    hub.save(hub.load("40m"), tmp_path, shard_bytes=30_000_000)
-    weights = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(weights)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "one copy\n"
+    hub.save(hub.load("300k"), tmp_path / "small")
+    hub.save(hub.load("40m"), tmp_path / "large", shard_bytes=20_000_000)  # a mapped shard counts too
+    weights = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+
+    def within(share: float) -> subprocess.CompletedProcess[str]:
+        """A process each: what a failed load leaves behind would be room for the next. And one thread: others
+        come up when they are first needed, and their stacks count."""
+        folders = [str(tmp_path / "small"), str(tmp_path / "large")]
+        command = [sys.executable, "-c", LIMITED, *folders, str(int(share * weights))]
+        return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+    enough, little = within(1.25), within(0.9)
+    assert enough.stdout == "loaded\n", enough.stderr
+    assert "allocate memory" in little.stderr.splitlines()[-1] and little.returncode == 1
 
 
 def test_presets_are_drawn():
