@@ -23,9 +23,9 @@ def question(number: int) -> tuple[str, str]:
     return f"{WORDS[number % 10]} {number}", WORDS[(number + 1) % 10]
 
 
-def run(start: Path, place: Path, pairs: list[dict], steps: int, lr: float, **preference: float) -> Path:
+def run(begin: Path, place: Path, pairs: list[dict], steps: int, lr: float, **preference: float) -> Path:
     tables = {
-        "start": str(start),
+        "start": str(begin),
         "run": str(place),
         "data": {"path": str(write(place.with_suffix(".jsonl"), pairs)), "held_out": 0.1},
         "preference": preference,

@@ -56,6 +56,7 @@ class Examples:
 
 
 def gathered(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Examples:
+    """Single examples, (ids, learnt) each, end to end."""
     ids, learnt = ([pair[part] for pair in examples] for part in (0, 1))
     lengths = [len(one) for one in ids]
     return Examples(

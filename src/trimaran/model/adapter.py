@@ -240,6 +240,7 @@ def repeats(key: str, tensor: Tensor, model: HybridModel) -> bool:
 
 
 def opened(file: Path) -> safe_open:
+    """A safetensors file for reading; Refusal where it is missing or damaged."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as problem:
