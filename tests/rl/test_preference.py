@@ -380,6 +380,15 @@ def test_a_run_with_adapters_ends_merged_with_them_beside(start, tmp_path):
     assert config.load(PreferenceRecipe, tmp_path / "run" / "recipe.toml").train.router_bias_rate == 0
 
 
+def test_bf16_muon_and_adapters_go_together(start, tmp_path):
+    table = {"rank": 4, "targets": ["all", "head"]}
+    changes = {"precision": "bf16", "optimizer": "muon", "accumulate": 2, "steps": 3}
+    recipe = recipe_of(start, tmp_path / "run", lora=table, **changes)
+    assert main(recipe) == 0
+    steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert steps[0]["dpo"] == pytest.approx(np.log(2), abs=2e-3) and steps[-1]["margin"] > 0.01
+
+
 def test_other_pairs_or_another_start_are_not_resumed(start, tmp_path):
     recipe = recipe_of(start, tmp_path / "run")
     assert main(recipe) == 0

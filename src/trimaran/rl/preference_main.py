@@ -18,7 +18,7 @@ from trimaran.rl.preference_pairs import Pairs, PairSource, read_pairs
 from trimaran.rl.preference_recipe import PreferenceRecipe
 from trimaran.train.adapters import begin_adapters
 from trimaran.train.folder import absolute, carry_out, saved
-from trimaran.train.loop import Run
+from trimaran.train.loop import Run, autocast
 from trimaran.train.prepare import optimizer_of
 from trimaran.train.sft import opened_model, opened_tokenizer
 
@@ -52,7 +52,9 @@ def begin(recipe: PreferenceRecipe) -> Run:
     model = opened_model(recipe.start, settings.device, tokenizer)
     with writing(folder):
         tokenizer.save(folder)
-    references = [kept_reference(folder, name, model, pairs, **shape) for name, pairs in named(training, held_out)]
+    # in the run's own numbers: rounded another way, the policy would begin with margins
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        references = [kept_reference(folder, name, model, pairs, **shape) for name, pairs in named(training, held_out)]
     kept = (held_out, references[1]) if len(held_out) else None
     source = PairSource(training, references[0], **shape, seed=recipe.seed, held_out=kept)
     say(f"{len(training):,} pairs to learn from, {len(held_out):,} held out")
@@ -93,7 +95,8 @@ def finish(run: Run) -> dict[str, Any]:
     beside: dict[str, Any] = {}
     if source.held_out is not None:
         pairs, reference_N2 = source.held_out
-        scores = measured(run.model, pairs, reference_N2, objective.settings, source.batch_size, source.pad_id)
+        with autocast(run):
+            scores = measured(run.model, pairs, reference_N2, objective.settings, source.batch_size, source.pad_id)
         beside["held_out_pairs"] = {"count": len(pairs), **scores}
         say(f"held-out pairs: the chosen answer gained on the rejected one in {scores['accuracy']:.0%}")
     return saved(run, beside)
