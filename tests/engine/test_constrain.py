@@ -210,7 +210,7 @@ def test_a_step_that_asks_too_much_ends_its_row_alone(constraints, tokenizer):
     logits[:, brace] = 1
     first, second = choose(logits, [replace(ask, guide=guide, drafts=(brace,)), replace(ask, drafts=(brace,))])
     assert first.refusal.found.startswith("a schema that can not be kept to (Parser Error: Current row has")
-    assert not first.tokens and second.tokens == [brace, brace]
+    assert first.tokens == [brace] and second.tokens == [brace, brace], "what comes before the refusal stands"
 
 
 def test_without_the_library_the_refusal_says_how_to_get_it(monkeypatch, tokenizer):
