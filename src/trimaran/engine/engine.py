@@ -12,6 +12,7 @@ A step is one pass of the model over a flat batch:
 Shapes: N tokens of all shares, D width.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from trimaran.engine.row import Output, check_prompt, open_rows
 from trimaran.engine.scheduler import Job, Scheduler, Share
 from trimaran.engine.sizing import check_drafter, fitted, warnings
 from trimaran.engine.speculate import MTP, Drafter, DraftLength, LookUp, Need, Reading, SmallModel
+from trimaran.engine.worth import Worth
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.text.tokenizer import Tokenizer
@@ -54,6 +56,8 @@ class Engine:
         self.warnings = warnings(settings, self.memory)
         self.drafter = self._drafter(draft_model, draft_memory)
         self.draft_length = DraftLength(limit=settings.draft_limit)
+        adapting = self.drafter is not None and not settings.draft and settings.acceptance == "coupled"
+        self.worth, self.clock = Worth() if adapting else None, time.perf_counter
         self.cache = PrefixCache(self.memory, settings.drafter == "mtp") if settings.prefix_cache else None
         self.scheduler = Scheduler(self.memory, self.cache, settings, self.drafter)
         self.jobs: dict[str, list[Job]] = {}
@@ -151,7 +155,7 @@ class Engine:
     @torch.inference_mode()  # each call costs about half of what it does under no_grad
     def step(self) -> list[Piece]:
         """One pass: a piece for each text that grew or failed; none when there is nothing to do."""
-        self.shares = []
+        self.shares, began, decoding = [], self.clock(), self.scheduler.decoding
         self.check_version()
         self.shares = shares = self.scheduler.plan(self.draft_room)
         if not shares:
@@ -167,18 +171,23 @@ class Engine:
 
         if any(share.drafts for share in shares):
             view.keep([share.kept for share in shares])
-            self.adapt(due)
+            self.adapt(due, decoding)
         failed = {piece.request for piece in pieces if piece.error is not None}
         read = dict.fromkeys([*shares, *due])  # each once: those in the pass, and samples that took their prompt over
         self.remember([share for share in read if share.job.request.id not in failed], hidden_ND)
         self.leave(pieces)
         self.shares = []
+        if self.worth is not None and len(due) == sum(share.count for share in shares) == decoding:
+            self.worth.note(decoding, sum(len(piece.tokens) for piece in pieces), self.clock() - began)
         return pieces
 
     @property
     def draft_room(self) -> int:
         """Drafts per row in the next pass, at most."""
-        return 0 if self.drafter is None else self.settings.draft or self.draft_length.length
+        if self.drafter is None:
+            return 0
+        length = self.settings.draft or self.draft_length.length
+        return length if self.worth is None else min(length, self.worth.most(self.scheduler.decoding))
 
     def draft(self, shares: list[Share]) -> None:
         """Asks for drafts where the plan has room for them."""
@@ -250,8 +259,10 @@ class Engine:
         top = None if choice.top is None else choice.top[: len(tokens)]
         return Piece(job.request.id, output.sample, tokens, text, logprobs, top, ended)
 
-    def adapt(self, due: list[Share]) -> None:
-        """Tells the draft length what became of the drafts of texts that go on."""
+    def adapt(self, due: list[Share], decoding: int) -> None:
+        """Tells the draft length what became of the drafts of texts that go on, where it had its say."""
+        if self.worth is not None and self.worth.most(decoding) < self.draft_length.length:
+            return
         going_on = [share for share in due if share.room and share.job.row.output.finish is None]
         self.draft_length.update([share.kept - 1 for share in going_on])
 

@@ -69,7 +69,7 @@ class EngineSettings(Settings):
     snapshots: int | None = Field(None, ge=0)  # Mamba states kept for the prefix cache; None: a quarter of the memory
     snapshot_every: int = Field(256, ge=0)  # prompt tokens between two snapshots; 0: only at ends of turns and prompts
     drafter: Drafter = "none"  # who proposes tokens for verification
-    draft: int = Field(0, ge=0)  # tokens proposed per row and pass; 0: adapted to what is accepted
+    draft: int = Field(0, ge=0)  # tokens proposed per row and pass; 0: adapted to what stands and what it costs
     draft_limit: int = Field(15, ge=1)  # the most that adapting may propose
     acceptance: Acceptance = "coupled"  # coupled: the very tokens that no draft would give
     ssm_dtype: Literal["model", "float16"] = "model"  # how Mamba states are held; float16 rounds stochastically

@@ -100,6 +100,11 @@ class Scheduler:
         self.waiting: list[Job] = []  # both in order
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.recomputed_tokens = 0
 
+    @property
+    def decoding(self) -> int:
+        """Texts that wait for nothing but their next token."""
+        return sum(job.unread == 1 for job in self.running)
+
     def plan(self, draft: int) -> list[Share]:
         """The next pass, up to `draft` drafts per row; empty when there is nothing to do."""
         shares: dict[Job, Share] = {}
