@@ -1,10 +1,12 @@
-"""Forward KL from a teacher's law to a student's over a large vocabulary, a chunk of places at a time.
+"""Divergence of a student's law from a teacher's over a large vocabulary, a chunk of places at a time.
 
-    T^2 * sum_m w_m sum_v p_mv (log p_mv - log q_mv)     p = softmax(teacher / T), q = softmax(student / T)
+    forward    T^2 * sum_m w_m sum_v p_mv (log p_mv - log q_mv)     p = softmax(teacher / T), q = softmax(student / T)
+    reverse    T^2 * sum_m w_m sum_v q_mv (log q_mv - log p_mv)
 
-T softens both laws, and T^2 keeps the size of the gradient (Hinton et al., arXiv 1503.02531):
+T softens both laws, and T^2 keeps the size of the gradient (Hinton et al., arXiv 1503.02531). By the student's logits:
 
-    d / d student logits = w T (q - p)
+    forward    w T (q - p)
+    reverse    w T q (log q - log p - KL)
 
 As in `ops.loss`, the gradient of a chunk is taken as soon as its loss is known, so no more than a chunk of logits of
 either side ever exists. Several students may be held against one teacher: its logits are then computed once.
@@ -12,12 +14,14 @@ either side ever exists. Several students may be held against one teacher: its l
 Shapes: K students, M places, D width, V ids.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimaran.ops.numbers import at_least_fp32
+
+Way = Literal["forward", "reverse"]
 
 
 def forward_kl(
@@ -34,16 +38,44 @@ def forward_kl(
     hidden_KMD: final hidden vectors of the students, which share `head`; teacher_MD: those of the teacher, to whose
     law nothing is passed back. chunk: rows of logits of the students that exist at once.
     """
+    return divergence("forward", hidden_KMD, head, teacher_MD, teacher_head, weights_M, temperature, chunk)
+
+
+def reverse_kl(
+    hidden_KMD: Tensor,
+    head: nn.Module,
+    teacher_MD: Tensor,
+    teacher_head: nn.Module,
+    weights_M: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """As `forward_kl`, the other way round: the student's own law is what the mean is taken over."""
+    return divergence("reverse", hidden_KMD, head, teacher_MD, teacher_head, weights_M, temperature, chunk)
+
+
+def divergence(
+    way: Way,
+    hidden_KMD: Tensor,
+    head: nn.Module,
+    teacher_MD: Tensor,
+    teacher_head: nn.Module,
+    weights_M: Tensor,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """`forward_kl` or `reverse_kl`."""
     if len(teacher_MD) != hidden_KMD.shape[1]:
         raise ValueError(f"{hidden_KMD.shape[1]} places of the students, {len(teacher_MD)} of the teacher")
     parameters = [p for p in head.parameters() if p.requires_grad]
-    found: tuple[Tensor, Tensor] = ChunkedForwardKL.apply(
-        hidden_KMD, head, teacher_MD, teacher_head, weights_M, temperature, chunk, *parameters
+    found: tuple[Tensor, Tensor] = ChunkedDivergence.apply(
+        hidden_KMD, head, teacher_MD, teacher_head, weights_M, temperature, chunk, way, *parameters
     )
     return found
 
 
-def forward_kl_reference(
+def divergence_reference(
+    way: Way,
     hidden_KMD: Tensor,
     head: nn.Module,
     teacher_MD: Tensor,
@@ -55,12 +87,15 @@ def forward_kl_reference(
     with torch.no_grad():
         teacher_MV = (at_least_fp32(teacher_head(teacher_MD)) / temperature).log_softmax(-1)
     student_KMV = (at_least_fp32(head(hidden_KMD)) / temperature).log_softmax(-1)
-    kl_KM = (teacher_MV.exp() * (teacher_MV - student_KMV)).sum(-1)
+    if way == "forward":
+        kl_KM = (teacher_MV.exp() * (teacher_MV - student_KMV)).sum(-1)
+    else:
+        kl_KM = (student_KMV.exp() * (student_KMV - teacher_MV)).sum(-1)
     sums_K = temperature**2 * (kl_KM * weights_M.to(kl_KM.dtype)).sum(-1)
     return sums_K.sum(), sums_K.detach()
 
 
-class ChunkedForwardKL(torch.autograd.Function):
+class ChunkedDivergence(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; backward only scales what forward found."""
 
     @staticmethod
@@ -73,9 +108,10 @@ class ChunkedForwardKL(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
         chunk: int,
+        way: Way,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[7:])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[8:])
         wide = torch.promote_types(hidden.dtype, torch.float32)
         totals = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
@@ -87,7 +123,7 @@ class ChunkedForwardKL(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 piece = hidden[:, part].detach().requires_grad_(wanted)
                 logits = at_least_fp32(head(piece))
-            losses, logits_grad = losses_and_gradient(logits.detach(), target, weights[part], temperature)
+            losses, logits_grad = losses_and_gradient(way, logits.detach(), target, weights[part], temperature)
             totals += losses
             if wanted:
                 piece_grad, *grads = torch.autograd.grad(logits, [piece, *parameters], logits_grad)
@@ -103,18 +139,21 @@ class ChunkedForwardKL(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *sums = ctx.saved_tensors
         grads = [(g * scale).to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)]
-        return (hidden_grad * scale.to(hidden_grad.dtype), *[None] * 6, *grads)
+        return (hidden_grad * scale.to(hidden_grad.dtype), *[None] * 7, *grads)
 
 
 def losses_and_gradient(
-    logits_KMV: Tensor, target_MV: Tensor, weights_M: Tensor, temperature: float
+    way: Way, logits_KMV: Tensor, target_MV: Tensor, weights_M: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The weighted sums [K] and their gradients by the logits. target_MV: the teacher's log-probabilities."""
     weights_M = weights_M.to(logits_KMV.dtype)
     law_MV = target_MV.exp()
     log_KMV = (logits_KMV / temperature).log_softmax(-1)
-    # a token that the teacher gives no mass at all would make 0 * inf of its term
-    apart_KMV = (target_MV - log_KMV).masked_fill(law_MV == 0, 0)
-    kl_KM = (law_MV * apart_KMV).sum(-1)
-    grad_KMV = log_KMV.exp_().sub_(law_MV).mul_(weights_M[:, None] * temperature)
-    return temperature**2 * (kl_KM * weights_M).sum(-1), grad_KMV
+    if way == "forward":
+        kl_KM = (law_MV * (target_MV - log_KMV)).sum(-1)
+        grad_KMV = log_KMV.exp_().sub_(law_MV)
+    else:
+        own_KMV, apart_KMV = log_KMV.exp(), log_KMV - target_MV
+        kl_KM = (own_KMV * apart_KMV).sum(-1)
+        grad_KMV = own_KMV.mul_(apart_KMV.sub_(kl_KM[..., None]))
+    return temperature**2 * (kl_KM * weights_M).sum(-1), grad_KMV.mul_(weights_M[:, None] * temperature)
