@@ -12,6 +12,7 @@ from tests.rl import toys
 from trimaran import config
 from trimaran.errors import Refusal
 from trimaran.model import hub
+from trimaran.model.hybrid import build
 from trimaran.rl.mopd import apart, main, opened_run
 from trimaran.rl.mopd_recipe import MopdRecipe
 from trimaran.rl.rollout import Rollout
@@ -83,13 +84,12 @@ def one_step(run: Any) -> tuple[dict[str, float], list[torch.Tensor]]:
     return loop.train_step(run, next(run.loader), 0.0), found
 
 
+@pytest.mark.parametrize("match", ["tokens", "laws"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("names", [("one",), ("one", "two")])
-def test_a_teacher_that_is_the_student_teaches_nothing_at_all(folders, tmp_path, accumulate, names):
-    teachers = dict.fromkeys(names, folders["student"])
-    values, gradients = one_step(
-        opened_run(recipe(folders["student"], tmp_path, teachers, train={"accumulate": accumulate}))
-    )
+def test_a_teacher_that_is_the_student_teaches_nothing_at_all(folders, tmp_path, accumulate, match):
+    teachers = dict.fromkeys(("one", "two"), folders["student"])
+    settings = {"train": {"accumulate": accumulate}, "match": match}
+    values, gradients = one_step(opened_run(recipe(folders["student"], tmp_path, teachers, **settings)))
     assert values["loss"] == 0 and gradients and all(not one.any() for one in gradients)
 
 
@@ -124,6 +124,35 @@ def test_the_gradient_is_that_of_reinforce_with_the_teachers_advantage(folders, 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # fp32, summed in another order
     rollouts = {one.rollout.environment for one in learnt}
     assert rollouts == {"one", "two"} and values["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_whole_laws_are_the_divergence_at_each_place(folders, tmp_path, accumulate):
+    """By hand: the mean over the student's tokens of KL(student || teacher), each rollout alone."""
+    teachers = {"one": folders["one"], "two": folders["two"]}
+    settings = {"match": "laws", "train": {"clip": None, "accumulate": accumulate}, "rollouts": {"row": 32}}
+    run = opened_run(recipe(folders["student"], tmp_path, teachers, **settings))
+    source: Any = run.loader
+    examples = [one for update in source.learnable(source.roll()) for one in update]
+    source.updates = [examples]
+    values, gradients = one_step(run)
+    models = {name: hub.load(path, dtype=torch.float32) for name, path in teachers.items()}
+    total, loss, each = sum(len(one.rollout.said) for one in examples), torch.zeros(()), {"one": [], "two": []}
+    for one in examples:
+        ids, said = torch.tensor([one.rollout.ids]), torch.tensor(one.rollout.said)
+        own = run.model(ids).log_softmax(-1)[0, said - 1]
+        with torch.no_grad():
+            other = models[one.rollout.environment](ids).log_softmax(-1)[0, said - 1]
+        kl = (own.exp() * (own - other)).sum(-1)
+        each[one.rollout.environment] += kl.tolist()
+        loss = loss + kl.sum() / total
+    run.model.zero_grad()
+    loss.backward()
+    assert abs(values["loss"] - loss.item()) < 1e-6 and abs(values["apart"] - loss.item()) < 1e-6
+    for name, found in each.items():
+        assert abs(values[f"apart/{name}"] - sum(found) / len(found)) < 1e-6
+    for one, other in zip(gradients, [p.grad for p in run.parameters if p.grad is not None], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_every_environment_has_its_own_teacher_and_shuffled_the_next_ones(folders, tmp_path):
@@ -163,9 +192,11 @@ def said(logprobs: tuple[float, ...]) -> Rollout:
     return Rollout("one", 0, 0, 0, (1, 2, 3), tuple(range(1, 1 + len(logprobs))), logprobs, 0, "stop", {})
 
 
-def test_a_student_comes_to_speak_like_its_teacher(folders, tmp_path):
+@pytest.mark.parametrize("match", ["tokens", "laws"])
+def test_a_student_comes_to_speak_like_its_teacher(folders, tmp_path, match):
     """The two teachers of one student that cannot tell their prompts apart would pull it to and fro: one alone."""
-    assert main(recipe(folders["student"], tmp_path / "run", {"one": folders["one"]}, train={"steps": 10})) == 0
+    settings = {"train": {"steps": 10}, "match": match}
+    assert main(recipe(folders["student"], tmp_path / "run", {"one": folders["one"]}, **settings)) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [one["apart"] for one in metrics]
     assert seen[0] > 0.1 and sum(seen[-3:]) / 3 < 0.3 * seen[0]
@@ -193,6 +224,18 @@ def test_interrupted_and_resumed_is_uninterrupted(folders, tmp_path, monkeypatch
     assert all(torch.equal(one[name], other[name]) for name in one)
     lines = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("straight", "again")]
     assert lines[0] == lines[1]
+
+
+def test_whole_laws_need_one_update_and_one_vocabulary(folders, tmp_path):
+    several = {"match": "laws", "train": {"batch_size": 6}}
+    with pytest.raises(Refusal, match="2 updates"):
+        main(recipe(folders["student"], tmp_path / "run", {"one": folders["one"]}, **several))
+    wide = toys.folder(tmp_path / "wide")
+    model = hub.load(wide, dtype=torch.float32)
+    hub.save(build(model.config.model_copy(update={"vocab_size": 352})), wide)
+    with pytest.raises(Refusal, match="over 352 tokens"):
+        main(recipe(folders["student"], tmp_path / "run", {"one": wide}, match="laws"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_teachers_of_another_kind_are_refused_before_training(folders, tmp_path):

@@ -23,8 +23,9 @@ from trimaran.rl.main import begin, located
 from trimaran.rl.mopd_recipe import MopdRecipe
 from trimaran.rl.rollout import Rollout
 from trimaran.rl.source import Rollouts
-from trimaran.rl.streams import Example
+from trimaran.rl.streams import Example, PolicyStreams
 from trimaran.rl.teachers import Teachers, check_teacher
+from trimaran.rl.whole_laws import WholeLaws, check_laws, with_subjects
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.folder import absolute, carry_out, saved
 from trimaran.train.loop import Run
@@ -47,7 +48,13 @@ def opened_run(recipe: MopdRecipe) -> Run:
     student = Tokenizer.load(recipe.start)
     for folder in dict.fromkeys(one.path for one in recipe.teachers.values()):
         check_teacher(folder, student)
-    return begin(recipe, TaughtRollouts)
+    run = begin(recipe, TaughtRollouts)
+    if recipe.match == "laws":
+        source = run.loader
+        assert isinstance(source, TaughtRollouts)
+        check_laws(recipe, run.model, source.teachers)
+        run.objective = WholeLaws(run.model, recipe, source.teachers)
+    return run
 
 
 class TaughtRollouts(Rollouts):
@@ -55,7 +62,8 @@ class TaughtRollouts(Rollouts):
 
     def __init__(self, recipe: MopdRecipe, model: HybridModel, *rest: Any):
         super().__init__(recipe, model, *rest)
-        self.teacher = Teachers(
+        self.laws, self.names = recipe.match == "laws", list(recipe.environments)
+        self.teachers = Teachers(
             recipe.teacher_of,
             at_once=recipe.teachers_at_once,
             device=model.device,
@@ -64,6 +72,18 @@ class TaughtRollouts(Rollouts):
             temperature=recipe.rollouts.temperature,
             cuts=recipe.train.accumulate,
         )
+
+        self.teacher = self.unread if self.laws else self.teachers
+
+    @staticmethod
+    def unread(examples: Sequence[Example]) -> list[Example]:
+        """Where whole laws are compared the objective asks the teachers itself."""
+        return list(examples)
+
+    def rows(self, examples: Sequence[Example]) -> PolicyStreams:
+        """The packed rows of an update."""
+        streams = super().rows(examples)
+        return with_subjects(streams, examples, self.names) if self.laws else streams
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Nothing but what a malformed call costs; None for a rollout that failed, or was cut off and is filtered."""
@@ -78,7 +98,8 @@ class TaughtRollouts(Rollouts):
 
     def learnable(self, rollouts: list[Rollout]) -> list[list[Example]]:
         updates = super().learnable(rollouts)
-        self.seen = {**self.seen, **apart([one for update in updates for one in update])}
+        if not self.laws:
+            self.seen = {**self.seen, **apart([one for update in updates for one in update])}
         return updates
 
 

@@ -36,13 +36,15 @@ class MopdRecipe(RLRecipe):
     """One run of distillation: `trimaran train RECIPE`. `teachers`: one for each environment, by its name.
 
     teachers_at_once: how many are held in memory; 0: all. shuffle_teachers: a control, in which each environment is
-    taught by the next one's teacher.
+    taught by the next one's teacher. match: at each place the token that the student said is judged ("tokens", as
+    published), or its whole law ("laws", see whole_laws.py).
     """
 
     stage: Literal["mopd"] = "mopd"
     teachers: dict[str, TeacherSettings]
     teachers_at_once: int = Field(0, ge=0)
     shuffle_teachers: bool = False
+    match: Literal["tokens", "laws"] = "tokens"
     rollouts: StudentRollouts = StudentRollouts()
     policy: DistilledPolicy = DistilledPolicy()
 

@@ -77,7 +77,10 @@ class Rollouts:
             self.updates = self.learnable(self.waiting.pop(0))
         else:
             self.seen = {}
-        examples = self.updates.pop(0)
+        return self.rows(self.updates.pop(0))
+
+    def rows(self, examples: Sequence[Example]) -> PolicyStreams:
+        """The packed rows of an update."""
         return pack(examples, self.recipe.rollouts.row, self.pad_id)
 
     def roll(self) -> list[Rollout]:
