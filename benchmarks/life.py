@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "life.json"
 RECIPES = Path(__file__).parents[1] / "src" / "trimaran" / "demo" / "stages"
 TASKS = RECIPES / "tasks.toml"
 BUDGETS = (0, 4, 8, 12, None)
-SFT_TOKENS = 3 * 768  # of a step
+SFT_TOKENS = 4 * 512  # of a step
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def episodes(data: MessagesSettings, seed: int) -> list[Chat]:
     named = {name: (task(one.task, one.settings), one.count) for name, one in data.tasks.items()}
     for one, _ in named.values():
         one.check()
-    rows = conversations(named, seed)
+    rows = conversations(named, seed, {name: one.guesses for name, one in data.tasks.items()})
     return [chat_of(row, f"task {row['task']}, episode {number}") for number, row in enumerate(rows)]
 
 

@@ -13,10 +13,12 @@ from trimaran.train.recipe import TrainSettings
 
 
 class TaskEpisodes(Settings):
-    """`count` perfect episodes of a task, drawn from its training split."""
+    """`count` perfect episodes of a task, drawn from its training split; a share of `guesses` among them, which are
+    wrong (see `tasks.gold`)."""
 
     task: str
     count: int = Field(gt=0)
+    guesses: float = Field(0.0, ge=0, le=1)
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
