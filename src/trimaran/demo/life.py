@@ -10,9 +10,10 @@ A stage is a recipe in `stages/`, carried out as `trimaran train` would. Finishe
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trimaran import config
@@ -58,26 +59,31 @@ CHAIN = {
 }
 
 
-def live(base: Path, seed: int) -> int:
+def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> int:
     """Carries the finished first run in `base` through its stages; returns the exit code of the first that stops.
 
     Each stage's folder is base/stages/NAME. base/results.json has {stage: {task: {score, control, n}}}: the mean reward
-    of held-out problems, sampled at temperature 1.
+    of held-out problems, sampled at temperature 1. changes: overrides by stage, and for "tasks" those of the scoring.
     """
     home = base / "stages"
+
+    def score_of(folder: Path, records: Path) -> dict[str, Score]:
+        return scored(folder, records / "scores", changes.get("tasks", ()))
+
     known = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.is_file() else {}
     results: dict[str, dict[str, Any]] = {"pretrain": {}}
-    reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(scored(base, home / "pretrain-scores"))}
+    reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(score_of(base, home / "pretrain"))}
     for name, stage in CHAIN.items():
         say(f"\n{name}: {stage.about}")
         start = base if stage.start == "pretrain" else home / stage.start
         overrides = [f"start={start}", f"run={home / name}", f"seed={seed}"]
         if name == "mopd":
             overrides += [f"teachers.{one}.path={home / one}" for one in ("sums", "strings")]
+        overrides += changes.get(name, ())
         code = stage.main(config.load(stage.settings, STAGES / f"{name}.toml", overrides))
         if code:
             return code
-        scores = scored(home / name, home / name / "scores")
+        scores = score_of(home / name, home / name)
         reached[name] = rewards(scores)
         results[name] = beside(scores, reached.get(stage.control, {}))
         say(table(results[name]))
@@ -88,9 +94,9 @@ def live(base: Path, seed: int) -> int:
     return 0
 
 
-def scored(folder: Path, records: Path) -> dict[str, Score]:
+def scored(folder: Path, records: Path, overrides: Sequence[str] = ()) -> dict[str, Score]:
     """Held-out scores of a folder's model; every episode is on record in `records`."""
-    settings = config.load(ScoreSettings, TASKS)
+    settings = config.load(ScoreSettings, TASKS, overrides)
     held = open_folder(str(folder), FolderSettings())
     return score(Engine(held.model, held.tokenizer, settings.engine), settings.open(), settings, records)
 
@@ -127,4 +133,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 def acceptance(folder: Path) -> str:
     """What healing did to the draft block, in a sentence."""
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))["acceptance"]
-    return f"Draft block, tokens per pass of the whole model: {found}"
+    words = [
+        f"{way} {one['before']['length']:.2f} before, {one['after']['length']:.2f} after" for way, one in found.items()
+    ]
+    return f"Tokens per pass of the whole model with its draft block: {'; '.join(words)}."
