@@ -1,4 +1,5 @@
 # make demo   the first run: installs into .venv, trains a small hybrid on this interpreter's standard library
+# make demo-full   goes on: fine-tuning, reinforcement learning, distillation, healing
 # make test   style, types and the quick tests       make test-all   the slow ones too
 # make bench  speed beside transformers on this CPU   make clean      forgets everything that was made
 #
@@ -9,10 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo demo-full test test-all check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/trimaran demo
+
+demo-full: $(VENV)/installed
+	$(BIN)/trimaran demo --full
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
