@@ -9,7 +9,6 @@ from trimaran.evals.play import Group, Played, Player, PlaySettings
 from trimaran.tasks.task import REWARD, Task
 from trimaran.text.conversation import Conversation
 from trimaran.text.tags import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN
-from trimaran.text.thought import ThoughtCounter, opens_thought
 
 FORCED = -1e-3  # natural logarithm of a probability: less likely under the model, yet certain to come
 
@@ -92,7 +91,7 @@ def rollout(asked: Asked, played: Played, play: PlaySettings) -> Rollout:
         tuple(conversation.ids),
         tuple(said),
         tuple(logprobs),
-        thoughts(conversation),
+        conversation.thoughts(),
         "error" if played.trace is None else played.trace.finish,
         dict(played.scores),
         malformed(conversation),
@@ -115,19 +114,6 @@ def chosen(played: Played, temperature: float) -> tuple[list[int], list[float]]:
             places.append(place)
             logprobs.append(own if temperature == 1 else law)
     return places, logprobs
-
-
-def thoughts(conversation: Conversation) -> int:
-    """Tokens of all the thoughts of the model."""
-    total = 0
-    for start, stop in conversation.spans:
-        counter = ThoughtCounter(
-            conversation.tokenizer, opens_thought(conversation.tokenizer, conversation.ids[:start])
-        )
-        for token in conversation.ids[start:stop]:
-            counter.push(token)
-        total += counter.count
-    return total
 
 
 def malformed(conversation: Conversation) -> bool:

@@ -78,10 +78,7 @@ class PolicyStreams:
 
 def pack(examples: Sequence[Example], row: int, pad_id: int) -> PolicyStreams:
     """Rows of `row` tokens, or as long as the longest rollout, with the streams that the examples have."""
-    width = -(-max(row, *(one.length for one in examples)) // ROUND) * ROUND
-    places = best_fit([one.length for one in examples], width)
-    if (rows := 1 + max(number for number, _ in places)) == 1:  # a single row need not be longer than what it holds
-        width = -(-sum(one.length for one in examples) // ROUND) * ROUND
+    places, (rows, width) = laid_out([one.length for one in examples], row)
     empty = torch.zeros(rows, width)
     streams = PolicyStreams(
         tokens_BT=torch.full((rows, width), pad_id),
@@ -117,6 +114,19 @@ def write(streams: PolicyStreams, number: int, example: Example, row: int, start
     for name in ("proximal", "reference", "teacher"):
         if (stream := getattr(streams, f"{name}_BT")) is not None:
             stream[row, said] = torch.tensor(getattr(example, name))
+
+
+def laid_out(lengths: Sequence[int], row: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """(row and start of each length, the shape of all rows): rows of `row`, or as long as the longest, rounded up."""
+    width = rounded(max(row, *lengths))
+    places = best_fit(lengths, width)
+    rows = 1 + max(number for number, _ in places)
+    # a single row need not be longer than what it holds
+    return places, (rows, width if rows > 1 else rounded(sum(lengths)))
+
+
+def rounded(length: int) -> int:
+    return -(-length // ROUND) * ROUND
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

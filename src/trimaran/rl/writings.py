@@ -16,7 +16,7 @@ from trimaran.evals.play import Player
 from trimaran.rl.curriculum import apportioned
 from trimaran.rl.heal_recipe import HealRecipe
 from trimaran.rl.rollout import Asked, Rollout, roll
-from trimaran.rl.streams import ROUND, best_fit
+from trimaran.rl.streams import laid_out
 from trimaran.rl.unroll import Written
 from trimaran.tasks.task import Task
 
@@ -80,14 +80,10 @@ def whole(rollouts: list[Rollout]) -> list[Rollout]:
 
 def packed(texts: Sequence[Rollout], row: int, pad_id: int) -> Written:
     """Rows of `row` tokens, or as long as the longest text, each text whole in one of them."""
-    lengths = [len(one.ids) for one in texts]
-    width = -(-max(row, *lengths) // ROUND) * ROUND
-    places = best_fit(lengths, width)
-    if (rows := 1 + max(number for number, _ in places)) == 1:
-        width = -(-sum(lengths) // ROUND) * ROUND
-    tokens_BT = torch.full((rows, width), pad_id)
-    ids_BT = torch.full((rows, width), -1, dtype=torch.int32)
-    said_BT = torch.zeros(rows, width, dtype=torch.bool)
+    places, shape = laid_out([len(one.ids) for one in texts], row)
+    tokens_BT = torch.full(shape, pad_id)
+    ids_BT = torch.full(shape, -1, dtype=torch.int32)
+    said_BT = torch.zeros(shape, dtype=torch.bool)
     for number, (one, (at, start)) in enumerate(zip(texts, places, strict=True)):
         here = slice(start, start + len(one.ids))
         tokens_BT[at, here], ids_BT[at, here] = torch.tensor(one.ids), number
