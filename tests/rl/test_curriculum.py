@@ -105,3 +105,19 @@ def test_the_pool_of_a_task_with_an_end_begins_again():
     found.learn([rollout(number, 1.0, group=number) for number in (0, 1, 2)])
     assert {one.number for one in found.ask(0)} <= set(range(6))
     assert found.pools["one"].rates == {}
+
+
+def test_a_pool_moves_through_a_task_with_an_end_before_it_begins_again():
+    found = Curriculum(CurriculumSettings(pool=4), ONE, 2, 0, 10, {"one": 10})
+    for numbers in (range(4), range(4, 8), range(8, 10), range(4)):
+        assert {one.number for batch in range(9) for one in found.ask(batch)} == set(numbers)
+        found.learn([rollout(number, 1.0, group=number) for number in numbers])
+
+
+def test_pools_that_a_profile_knows_to_be_solved_are_passed_by(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rows = [{"environment": "one", "number": number, "reward": 1.0} for number in range(17)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {one.number for one in curriculum(2, pool=5, profile=str(path)).ask(0)} <= {17, 18, 19}
+    with pytest.raises(Refusal, match=r"curriculum\.pool = 0"):
+        CurriculumSettings(profile=str(path))

@@ -59,28 +59,26 @@ class Pool:
         return numbers
 
     def draw(self, count: int, progress: float, chance: np.random.Generator) -> list[int]:
-        open_ = self.open()
-        if len(open_) < count:
+        while len(open_ := self.open()) < count:
             self.move_on()
-            open_ = self.open()
         settings = self.settings
         aim = settings.easy + (settings.hard - settings.easy) * progress
         apart = np.array([self.rates.get(number, aim) - aim for number in open_])
-        # in logarithms: far from the aim, chances are too small to be told apart, and choice() wants enough above 0
+        # far from the aim a chance may round to 0, and choice() wants `count` of them above it
         weights = np.exp(-(apart**2) / (2 * settings.sigma**2)) + 1e-12
         drawn = chance.choice(len(open_), size=count, replace=False, p=weights / weights.sum())
         return [open_[place] for place in drawn]
 
     def move_on(self) -> None:
         """All but a few are solved: on to prompts never seen, or, where there are no others, to all of them again."""
-        if self.size is None:
-            self.first += self.width
-        else:
-            self.rates = {}
+        self.first += self.width
+        if self.size is not None and self.first >= self.size:
+            self.first, self.rates = 0, {}
 
     def open(self) -> list[int]:
         """Prompts of the pool that may be asked."""
-        numbers = range(self.first, self.first + self.width)
+        end = self.first + self.width
+        numbers = range(self.first, end if self.size is None else min(end, self.size))
         solved = 1.0 if self.settings.drop_solved else math.inf
         return [number for number in numbers if self.rates.get(number, 0.0) < solved]
 

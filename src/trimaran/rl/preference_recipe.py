@@ -48,7 +48,9 @@ class PreferenceTrainSettings(TrainSettings):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     mtp_scale: Literal[0] = 0
+    mtp_every: Literal[1] = 1
     aux_loss: Literal[0] = 0
+    eval_every: Literal[0] = 0  # held-out pairs are measured at the end
 
 
 class PreferenceRecipe(Settings):

@@ -31,9 +31,7 @@ class Environment(Settings):
     task: str
     settings: dict[str, Any] = Field(default_factory=dict)
     share: float = Field(1.0, gt=0, allow_inf_nan=False)
-    effort: Literal["low", "medium"] | None = (
-        None  # asked for in the prompt; its answers are shaped by `shaping.effort`
-    )
+    effort: Literal["low", "medium"] | None = None  # asked for in the prompt, and paid by `shaping.effort`
 
     def open(self) -> Task:
         """The task; refused when it does not exist, or has no such settings."""
@@ -98,6 +96,9 @@ class PolicySettings(Settings):
         low, high = self.bounds
         if not 0 <= low < high:
             raise Refusal(f"importance_range = {[low, high]}", "two rising numbers from 0 on", "swap or correct them")
+        if self.importance == "none" and self.importance_range is not None:
+            found = f'importance_range = {[low, high]} with importance = "none"'
+            raise Refusal(found, "a rule that has a range: tis, icepop, seq-mask-tis", "name one, or leave it out")
         return self
 
 
@@ -127,6 +128,13 @@ class CurriculumSettings(Settings):
     drop_solved: bool = True
     profile: str | None = None
 
+    @model_validator(mode="after")
+    def _profile_of_a_pool(self) -> "CurriculumSettings":
+        if self.profile is not None and not self.pool:
+            found = "curriculum.profile with curriculum.pool = 0"
+            raise Refusal(found, "a pool whose pass-rates it tells", "set curriculum.pool, or leave it out")
+        return self
+
 
 class LogSettings(Settings):
     """transcripts: rollouts of a step that are written out in full, every `every` steps."""
@@ -144,6 +152,7 @@ class UpdateSettings(TrainSettings):
     decay: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     mtp_scale: Literal[0] = 0
+    mtp_every: Literal[1] = 1
     aux_loss: Literal[0] = 0
     eval_every: Literal[0] = 0
     checkpoint_every: int = Field(10, ge=0)
@@ -188,6 +197,9 @@ class RLRecipe(Settings):
         if self.rollouts.stale and self.updates > 1:
             found = f"stale = {self.rollouts.stale} with {self.updates} updates of a batch"
             raise Refusal(found, "stale = 0, or one update", f"set train.batch_size={rollouts}")
+        if self.shaping.effort and all(one.effort is None for one in self.environments.values()):
+            found = f"shaping.effort = {self.shaping.effort} where no environment asks for less effort"
+            raise Refusal(found, "one that does", 'add effort = "low" to its table, or leave shaping.effort out')
         return self
 
     @property
