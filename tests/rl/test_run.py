@@ -15,6 +15,7 @@ from tests.rl import toys
 from tests.train.runs import carry_out
 from trimaran import cli
 from trimaran.errors import Refusal
+from trimaran.ops.logprobs import token_logprobs
 from trimaran.report import read_metrics
 from trimaran.rl.main import begin, main
 from trimaran.train import checkpoint, loop
@@ -143,6 +144,21 @@ def test_several_updates_of_a_batch_use_each_group_once(start, tmp_path):
     assert metrics[3]["clipped"] > 0
 
 
+def test_the_weights_of_before_are_read_in_the_trainers_numbers(start, tmp_path):
+    train = {"batch_size": 4, "precision": "bf16"}
+    run = begin(toys.recipe(start, tmp_path / "r", train=train, policy={"overlong": "score", "idle": "train"}))
+    rows = next(run.loader)
+    counts = rows.weights_BT > 0
+    apart = []
+    for precision in ("bf16", "fp32"):
+        run.settings = run.settings.replace(precision=precision)
+        with loop.autocast(run):
+            hidden = run.model.train().hidden(rows.tokens_BT, rows.doc_ids_BT)[counts]
+            own = token_logprobs(hidden, run.model.head, rows.targets_BT[counts]).detach()
+        apart.append(float((own - rows.proximal_BT[counts]).abs().mean()))
+    assert apart[0] < 0.1 * apart[1]
+
+
 def test_metrics_and_transcripts(start, tmp_path):
     run = whole(start, tmp_path, environments={"one": toy(), "other": toy()}, policy={"kl": 0.01})
     for one in read_metrics(run / "metrics.jsonl"):
@@ -209,6 +225,9 @@ REFUSED = {
     "the draft block": ({"train": {"mtp_scale": 0.3}}, "mtp_scale"),
     "greedy": ({"rollouts": {"temperature": 0.0}}, "temperature"),
     "a range upside down": ({"policy": {"importance_range": [5.0, 0.5]}}, "importance_range"),
+    "a range that no rule reads": ({"policy": {"importance": "none", "importance_range": [0.5, 5.0]}}, "none"),
+    "effort that nobody is asked for": ({"shaping": {"effort": 0.1}}, r"shaping\.effort = 0\.1"),
+    "dropout in the head": ({"lora": {"rank": 4, "dropout": 0.1, "targets": ["head"]}}, "adapter on the head"),
 }
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from trimaran.engine.engine import Engine
+from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
+from trimaran.model.lora import LowRankHead
 from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import curve_png, read_metrics, say, series
 from trimaran.rl.objective import PolicyGradient
@@ -49,6 +51,7 @@ def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Ru
     torch.manual_seed(recipe.seed)
     settings = recipe.train
     begin_adapters(model, recipe.lora, settings, recipe.seed)
+    check_dropout(model)
     objective = PolicyGradient(
         model,
         recipe.policy,
@@ -63,6 +66,13 @@ def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Ru
     say(f"a batch: {recipe.rollouts.samples} rollouts each of {counts}; updates made of it: {recipe.updates}")
     optimizer = optimizer_of(settings, model)
     return Run(Path(recipe.run), settings, model, objective, optimizer, source, (), tokenizer, recipe.stage)
+
+
+def check_dropout(model: HybridModel) -> None:
+    """Refuses dropout in the head: its logits are made again for the gradient, and would be those of another draw."""
+    if isinstance(model.head, LowRankHead) and model.head.dropout:
+        found = f"lora.dropout = {model.head.dropout} with an adapter on the head"
+        raise Refusal(found, "0, or adapters elsewhere", "leave the head out of lora.targets, or set lora.dropout=0")
 
 
 def opened(start: str, device: str) -> tuple[Tokenizer, HybridModel]:

@@ -102,16 +102,19 @@ class Rollouts:
         self.seen = summary(rollouts, advantages)
         self.used += 1
         updates = self.split(rollouts, advantages)
-        rows = self.recipe.rollouts.row, self.pad_id
-        if self.reference is not None:
-            updates = [with_logprobs(self.reference, one, "reference", *rows, self.temperature) for one in updates]
-        if len(updates) > 1:  # with a single one the proximal policy is the present one
-            updates = [with_logprobs(self.model, one, "proximal", *rows, self.temperature) for one in updates]
-        return updates if self.teacher is None else [self.teacher(one) for one in updates]
+        # in the trainer's own numbers: rounded another way, ratios would begin beside 1
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+            return [self.read(one) for one in updates]
 
-    @property
-    def temperature(self) -> float:
-        return self.recipe.rollouts.temperature
+    def read(self, examples: list[Example]) -> list[Example]:
+        """The examples with what others make of their tokens: the reference, the weights of before, a teacher."""
+        settings = self.recipe.rollouts
+        others = [("reference", self.reference)] if self.reference is not None else []
+        if self.recipe.updates > 1:  # with a single one the proximal policy is the present one
+            others.append(("proximal", self.model))
+        for name, model in others:
+            examples = with_logprobs(model, examples, name, settings.row, self.pad_id, settings.temperature)
+        return examples if self.teacher is None else self.teacher(examples)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The advantage of each rollout of a batch; None: it is left out."""
