@@ -46,13 +46,15 @@ def main(recipe: MopdRecipe) -> int:
 def opened_run(recipe: MopdRecipe) -> Run:
     """A run at its first step; every teacher is held against the student before a model is opened."""
     student = Tokenizer.load(recipe.start)
-    for folder in dict.fromkeys(one.path for one in recipe.teachers.values()):
+    folders = list(dict.fromkeys(one.path for one in recipe.teachers.values()))
+    for folder in folders:
         check_teacher(folder, student)
+    if recipe.match == "laws":
+        check_laws(recipe.start, folders)
     run = begin(recipe, TaughtRollouts)
     if recipe.match == "laws":
         source = run.loader
         assert isinstance(source, TaughtRollouts)
-        check_laws(recipe, run.model, source.teachers)
         run.objective = WholeLaws(run.model, recipe, source.teachers)
     return run
 
@@ -72,7 +74,6 @@ class TaughtRollouts(Rollouts):
             temperature=recipe.rollouts.temperature,
             cuts=recipe.train.accumulate,
         )
-
         self.teacher = self.unread if self.laws else self.teachers
 
     @staticmethod

@@ -64,6 +64,21 @@ class MopdRecipe(RLRecipe):
             raise Refusal(found, "two teachers and more", "leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _laws_alone(self) -> "MopdRecipe":
+        """Whole laws have no advantages and no reference, and are those of the present model."""
+        if self.match != "laws":
+            return self
+        for name in ("malformed", "kl"):
+            if value := getattr(self.policy, name):
+                found = f'policy.{name} = {value} with match = "laws"'
+                raise Refusal(found, "0: nothing but the teacher's law counts there", f"leave policy.{name} out")
+        if self.updates > 1:
+            size = self.rollouts.prompts * self.rollouts.samples
+            found = f'match = "laws" with {self.updates} updates of a batch'
+            raise Refusal(found, "one: the divergence is that of the present law", f"set train.batch_size={size}")
+        return self
+
     def teacher_of(self, environment: str) -> str:
         """The folder of the model that teaches `environment`."""
         names = list(self.environments)

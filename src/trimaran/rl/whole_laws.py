@@ -7,14 +7,16 @@ in it; no clip of advantages is needed. It costs both models' logits at every pl
 those of the sampled tokens, since these made the texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimaran.errors import Refusal
+from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.divergence import reverse_kl
 from trimaran.ops.logprobs import token_laws
@@ -102,15 +104,10 @@ class WholeLaws(PolicyGradient):
             return loss, reverse_kl(*student, weights_M * softness, self.temperature)[0]
 
 
-def check_laws(recipe: MopdRecipe, student: HybridModel, teachers: Teachers) -> None:
-    """Refuses what whole laws cannot do: several updates of a batch, teachers with another vocabulary."""
-    if recipe.updates > 1:
-        size = recipe.rollouts.prompts * recipe.rollouts.samples
-        found = f'match = "laws" with {recipe.updates} updates of a batch'
-        raise Refusal(found, "one: the divergence is that of the present law", f"set train.batch_size={size}")
-    for name in recipe.environments:
-        folder = teachers.of(name)
-        size, own = teachers.model(folder).config.vocab_size, student.config.vocab_size
-        if size != own:
+def check_laws(student: str, teachers: Iterable[str]) -> None:
+    """Refuses folders of teachers whose vocabulary is not that of the folder `student`."""
+    own = hub.read_config(Path(student)).vocab_size
+    for folder in teachers:
+        if (size := hub.read_config(Path(folder)).vocab_size) != own:
             found = f"teacher {folder} has a law over {size} tokens"
             raise Refusal(found, f"the student's {own}", 'set match="tokens", which compares those that were said')
