@@ -16,7 +16,7 @@ from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
 from trimaran.evals.play import Group, seed_of
 from trimaran.rl.acceptance import Acceptance, compared, interval, measure
-from trimaran.rl.heal import main
+from trimaran.rl.heal import main, measured, opened_tasks
 from trimaran.rl.heal_recipe import HealRecipe, WritingSettings
 from trimaran.rl.recorded import Recorded
 from trimaran.rl.rollout import Rollout
@@ -123,7 +123,8 @@ def test_lengths_and_intervals_by_hand():
     found = compared({"greedy": before}, {"greedy": after})["greedy"]
     assert found["gain"] == 1 and found["gain_interval"] == [1, 1]
     assert found["after"]["accepted_share"] == 0.5
-    assert Acceptance((0,), (0,), (0,), (0,)).length == 1
+    silent = Acceptance((0,), (0,), (0,), (0,))
+    assert silent.length == 1 and interval([silent]) == [1, 1]
     uneven = Acceptance((4, 40), (4, 10), (0, 0), (0, 0))
     low, high = interval([uneven])
     assert low < uneven.length < high and low >= 1 and high <= 4
@@ -173,6 +174,9 @@ def test_prompts_from_a_file(tmp_path):
     task.check()
     assert task.size("train") == 8 and task.size("held_out") == 2
     assert task.prompt(9).messages == task.prompt(1).messages == ({"role": "user", "content": "boat 1?"},)
+    # asked twice it is answered twice: what is sampled hangs on the number
+    groups = [Group(task, task.prompt(number), WritingSettings().play()) for number in (1, 9)]
+    assert seed_of(groups[0]) != seed_of(groups[1])
     assert task.prompt(1, "held_out").messages == ({"role": "user", "content": "hull?"},)
     path.write_text('{"messages": []}\n')
     with pytest.raises(Refusal, match="line 1: a row that asks nothing"):
@@ -194,6 +198,16 @@ def test_settings_that_cannot_work_are_refused(start, tmp_path, changes, words):
     with pytest.raises(Refusal, match=words):
         main(HealRecipe(**tables(start, tmp_path / "run", **changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_no_held_out_prompt_is_measured_twice(start, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"boat {n}?"}) + "\n" for n in range(9)))
+    mine = {"task": "trimaran.rl.recorded:Recorded", "settings": {"path": str(path), "held_out": 3}}
+    recipe = HealRecipe(**{**tables(start, tmp_path / "run"), "environments": {"mine": mine}})
+    model, words = toys.pair("latent")
+    for found in measured(recipe, model, words, opened_tasks(recipe)).values():
+        assert len(found.tokens) == 3
 
 
 def test_a_model_without_a_draft_block_is_refused(tmp_path):

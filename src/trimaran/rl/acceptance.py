@@ -65,7 +65,8 @@ def interval(measured: Sequence[Acceptance], seed: int = 0) -> list[float]:
     """The 95 % bootstrap interval over prompts of the length, or of the last one's less the first one's."""
     pairs = [np.array([one.tokens, one.passes], dtype=np.float64) for one in measured]
     drawn = np.random.default_rng(seed).integers(pairs[0].shape[1], size=(RESAMPLED, pairs[0].shape[1]))
-    lengths = [tokens / np.maximum(passes, 1) for tokens, passes in (pair[:, drawn].sum(-1) for pair in pairs)]
+    sums = [pair[:, drawn].sum(-1) for pair in pairs]
+    lengths = [np.where(passes > 0, tokens / np.maximum(passes, 1), 1.0) for tokens, passes in sums]
     found = lengths[0] if len(lengths) == 1 else lengths[-1] - lengths[0]
     return [float(value) for value in np.quantile(found, [0.025, 0.975])]
 

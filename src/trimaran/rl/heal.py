@@ -95,7 +95,8 @@ def measured(
                 seed=recipe.seed,
             )
             for name, count in counts.items()
-            for number in range(count)
+            # no prompt twice: the interval is one over prompts
+            for number in range(min(count, tasks[name].size("held_out") or count))
         ]
         found[way] = measure(model, tokenizer, groups, recipe.measure.draft, recipe.engine)
     return found

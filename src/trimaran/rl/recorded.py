@@ -54,9 +54,8 @@ class Recorded(Task):
         return len(self.rows[split])
 
     def prompt(self, number: int, split: Split = "train") -> Prompt:
-        place = number % self.size(split)
-        messages, tools = self.rows[split][place]
-        return Prompt(self.name, split, place, messages, tools)
+        messages, tools = self.rows[split][number % self.size(split)]
+        return Prompt(self.name, split, number, messages, tools)
 
     def gold(self, prompt: Prompt) -> tuple[Message, ...]:
         """None is known."""
