@@ -50,6 +50,8 @@ class Leaky(Talk):
                 raise ZeroDivisionError("a hole below the waterline")
             if self.how == "nan":
                 return {REWARD: float("nan")}
+            if self.how == "endless":
+                return {REWARD: 1.0, "other": float("inf")}
             if self.how == "none":
                 return {"other": 1.0}
         return super().score(trace)

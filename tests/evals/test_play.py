@@ -113,6 +113,7 @@ def test_an_episode_ends_where_it_must(engine):
         ("score", "in score"),
         ("reply", "role None"),
         ("nan", "reward = nan"),
+        ("endless", "other = inf"),
         ("none", "reward = None"),
     ],
 )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from math import isfinite
 from typing import Literal
 
 from pydantic import Field
@@ -200,11 +201,15 @@ class Player:
 
 
 def scores_of(task: Task, trace: Trace) -> dict[str, float]:
-    """The task's scores, the reward among them. Raises Refusal for a reward outside of 0 to 1, or none."""
+    """The task's scores, the reward among them. Raises Refusal for a reward outside of 0 to 1, or none, and for a score
+    that is no finite number."""
     scores = {name: float(value) for name, value in task.score(trace).items()}
     reward = scores.get(REWARD)
     if reward is None or not 0 <= reward <= 1:
         raise Refusal(f"task {task.name}: {REWARD} = {reward}", "0 to 1", "correct the task's score")
+    for name, value in scores.items():
+        if not isfinite(value):
+            raise Refusal(f"task {task.name}: {name} = {value}", "a finite number", "correct the task's score")
     return scores
 
 
