@@ -41,6 +41,12 @@ def test_an_answers_own_think_tags_are_its_thought():
     assert not chat_of({"messages": [ASK, {**broken, "content": "a " + broken["content"]}]}, "").thinks
 
 
+def test_parts_are_one_text_and_developers_are_heard_as_they_are_when_served():
+    parts = [{"type": "text", "text": "<think>By "}, {"type": "text", "text": "the lead.</think>"}, "Nine fathoms."]
+    messages = [{"role": "developer", "content": "Be brief."}, ASK, {"role": "assistant", "content": parts}]
+    assert chat_of({"messages": messages}, "").messages == ({"role": "system", "content": "Be brief."}, ASK, THINK)
+
+
 def test_thinking_false_takes_the_thoughts_away():
     chat = chat_of({"messages": [ASK, THINK], "thinking": False, "budget": 5}, "")
     assert not chat.thinking and chat.messages == (ASK, SAY) and chat.budget is None
@@ -68,6 +74,16 @@ BAD = {
     "a list": ("[]", "line 2: a list"),
     "no messages": ({"conversations": []}, "line 2: a row with 'conversations'"),
     "no roles": ({"messages": [{"from": "human", "value": "?"}]}, "line 2: a message without a role .*'from', 'value'"),
+    "a question under another name": (
+        {"messages": [{"role": "user", "value": "?"}, SAY]},
+        "role 'user' without content .*'role', 'value'",
+    ),
+    "another role": ({"messages": [ASK, {**SAY, "role": "asistant"}, ASK, SAY]}, "did you mean 'assistant'"),
+    "a number": ({"messages": [ASK, {**SAY, "content": 9}]}, "content of type int"),
+    "an image": ({"messages": [{**ASK, "content": [{"type": "image_url"}]}, SAY]}, "no text .'image_url'"),
+    "an odd part": ({"messages": [ASK, {**SAY, "content": [1]}]}, "no text .1."),
+    "an odd thought": ({"messages": [ASK, {**SAY, "reasoning_content": 5}]}, "a thought of type int"),
+    "odd calls": ({"messages": [ASK, {**SAY, "tool_calls": 5}]}, "tool_calls is a int"),
     "a text as messages": ({"messages": "hello"}, "messages is a str"),
     "nobody answers": ({"messages": [ASK]}, "line 2: no answer to learn"),
     "no message": ({"messages": []}, "line 2: no answer to learn"),

@@ -18,7 +18,7 @@ from trimaran.errors import Refusal, nearest_first
 from trimaran.text.tools import Tools
 
 Row = Mapping[str, Any]
-KEYS = frozenset({"messages", "prompt", "completion", "tools", "thinking", "task", "budget", "effort"})
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}  # as it is served
 OWN_THOUGHT = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>(.*)", re.DOTALL)  # a pair that opens the content
 
 
@@ -180,29 +180,53 @@ def weight_of(message: Mapping[str, Any]) -> int:
 
 
 def checked(message: Any, tools: Tools) -> dict[str, Any]:
-    """A message without what is null; an answer's own think tags moved to `reasoning_content`."""
+    """A message without what is null, its content one text; an answer's own think tags moved to `reasoning_content`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         keys = ", ".join(map(repr, message)) if isinstance(message, Mapping) else type(message).__name__
         found = f"a message without a role (it has {keys})"
         raise Refusal(found, "role and content in each", "name who says it: system, user, assistant or tool")
     kept = {key: value for key, value in message.items() if value is not None and key != "weight"}
-    if kept["role"] != "assistant":
-        return kept
-    own = OWN_THOUGHT.fullmatch(kept["content"]) if isinstance(kept.get("content"), str) else None
+    role = kept["role"]
+    if role not in ROLES:
+        known = nearest_first(role, ROLES)
+        raise Refusal(f"a message of role {role!r}", ", ".join(known), f"did you mean {known[0]!r}?")
+    kept["role"] = ROLES[role]
+    if "content" in kept:
+        kept["content"] = words_of(kept["content"])
+    if role == "assistant":
+        return checked_answer(kept, tools)
+    if "content" not in kept:  # datasets that call it `value` would teach answers to nothing
+        found = f"a message of role {role!r} without content (it has {', '.join(map(repr, kept))})"
+        raise Refusal(found, "role and content in each", "rename its keys, or leave the message out")
+    return kept
+
+
+def checked_answer(kept: dict[str, Any], tools: Tools) -> dict[str, Any]:
+    """What an assistant says: content or calls, and a thought that is a text."""
+    own = OWN_THOUGHT.fullmatch(kept.get("content", ""))
     if own is not None and "reasoning_content" not in kept:
         kept |= {"reasoning_content": own[1].strip("\n"), "content": own[2].lstrip("\n")}
-    check_calls(kept.get("tool_calls") or (), tools)
-    if not kept.get("tool_calls") and not words_of(kept.get("content")).strip():
+    if not isinstance(thought := kept.get("reasoning_content", ""), str):
+        raise Refusal(f"a thought of type {type(thought).__name__}", "a text", "write reasoning_content as a text")
+    calls = listed(kept, "tool_calls")
+    check_calls(calls, tools)
+    if not calls and not kept.get("content", "").strip():
         raise Refusal("an empty answer", "content or tool calls", "leave the row out, or complete it")
     return kept
 
 
 def words_of(content: Any) -> str:
-    """The text of a content: a string, or a list of parts."""
+    """The text of a content: a string, or a list of parts, each of them text."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
+    if not isinstance(content, list):
+        raise Refusal(f"content of type {type(content).__name__}", "a text or a list of parts", "write it as text")
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise Refusal(f"a part of content that is no text ({kind!r})", "parts of type text", "leave the row out")
+    return "".join(texts)
 
 
 def check_calls(calls: Iterable[Any], tools: Tools) -> None:
