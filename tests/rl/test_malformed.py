@@ -3,7 +3,10 @@
 import pytest
 
 from tests.rl import toys
+from tests.rl.test_agreement import rolled
+from trimaran.evals.play import Player
 from trimaran.rl.rollout import malformed
+from trimaran.tasks.task import Prompt
 from trimaran.text.conversation import Conversation
 
 LOOK = {
@@ -28,4 +31,20 @@ def test_what_is_malformed(said, expected):
     conversation = Conversation(words, [LOOK])
     conversation.hear([{"role": "user", "content": "?"}])
     conversation.answer([*words.encode(said, specials=True), words.stop_ids[-1]])
-    assert malformed(conversation) == expected
+    assert malformed(conversation.messages[1:], True) == expected
+
+
+def test_history_in_the_prompt_is_nobodys_answer():
+    called = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sea"}}}]
+    asked = (
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "<think>", "tool_calls": called},
+        {"role": "tool", "content": "calm"},
+    )
+
+    class Told(toys.Capitals):
+        def prompt(self, number, split="train"):
+            return Prompt("told", split, number, asked, (LOOK,), thinking=False)
+
+    model, words = toys.pair("mamba")
+    assert not any(one.malformed for one in rolled(Player(toys.engine(model, words)), Told(), prompts=1))

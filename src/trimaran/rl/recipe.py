@@ -202,6 +202,15 @@ class RLRecipe(Settings):
             raise Refusal(found, "one that does", 'add effort = "low" to its table, or leave shaping.effort out')
         return self
 
+    @model_validator(mode="after")
+    def _the_same_again(self) -> "RLRecipe":
+        """Drafts made by the clock change the last bits of log-probabilities, and a resumed run would end elsewhere."""
+        engine = self.engine
+        if engine.drafter != "none" and not engine.draft and engine.acceptance == "coupled":
+            found = f'engine.drafter = "{engine.drafter}" with engine.draft = 0, a length that follows the clock'
+            raise Refusal(found, "a fixed length, or no drafts", "set engine.draft=3, or leave engine.drafter out")
+        return self
+
     @property
     def updates(self) -> int:
         """Updates made of a batch of rollouts."""

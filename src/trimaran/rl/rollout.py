@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trimaran.evals.play import Group, Played, Player, PlaySettings
-from trimaran.tasks.task import REWARD, Task
-from trimaran.text.conversation import Conversation
+from trimaran.tasks.task import REWARD, Message, Task
 from trimaran.text.tags import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN
 
 FORCED = -1e-3  # natural logarithm of a probability: less likely under the model, yet certain to come
@@ -94,7 +93,7 @@ def rollout(asked: Asked, played: Played, play: PlaySettings) -> Rollout:
         conversation.thoughts(),
         "error" if played.trace is None else played.trace.finish,
         dict(played.scores),
-        malformed(conversation),
+        malformed(conversation.messages[len(played.prompt.messages) :], conversation.tools is not None),
         played.error,
     )
 
@@ -116,10 +115,13 @@ def chosen(played: Played, temperature: float) -> tuple[list[int], list[float]]:
     return places, logprobs
 
 
-def malformed(conversation: Conversation) -> bool:
-    """Whether an answer has a tag in what it says, or a call whose arguments are no JSON object."""
-    marks = (THINK_OPEN, THINK_CLOSE) + ((CALL_OPEN, CALL_CLOSE) if conversation.tools is not None else ())
-    for message in conversation.messages:
+def malformed(messages: Sequence[Message], tools: bool) -> bool:
+    """Whether an answer among `messages` has a tag in what it says, or a call whose arguments are no JSON object.
+
+    messages: those after the prompt, whose history is nobody's answer. tools: whether any are offered.
+    """
+    marks = (THINK_OPEN, THINK_CLOSE) + ((CALL_OPEN, CALL_CLOSE) if tools else ())
+    for message in messages:
         if message["role"] != "assistant":
             continue
         if any(mark in (message.get("content") or "") for mark in marks):
