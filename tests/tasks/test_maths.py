@@ -146,6 +146,14 @@ def test_bad_lines_are_named(tmp_path, gsm8k, line, found):
         Gsm8k(train=bad, held_out=gsm8k.held_out).prompt(0)
 
 
+def test_only_line_ends_end_a_line(tmp_path, gsm8k):
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"problem": "one\u2028two\x85three", "answer": 3}\r\n', encoding="utf-8", newline="")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"problem": "four", "answer": 4}')
+    assert Maths(train=train, held_out=held_out).prompt(0).messages[0]["content"].startswith("one\u2028two\x85three")
+
+
 def test_files_that_cannot_be_read(tmp_path, gsm8k):
     with pytest.raises(Refusal, match="no file"):
         Gsm8k(train=tmp_path / "none.jsonl", held_out=gsm8k.held_out).prompt(0)
