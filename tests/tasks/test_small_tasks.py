@@ -90,6 +90,12 @@ def test_sorting_sorts_by_python():
     assert downwards == {True, False}
 
 
+def test_more_items_than_there_are_is_a_refusal():
+    with pytest.raises(Refusal, match="length = 11 different numbers below 10"):
+        Sorting(length=11, below=10)
+    assert Sorting(length=20, below=10, items="words").prompt(0).messages
+
+
 def test_a_problem_is_held_out_in_every_order_and_setting():
     """No setting of a task trains what another one holds out."""
     held = {tuple(sorted(Arithmetic().prompt(number, "held_out").secret["terms"])) for number in range(500)}

@@ -4,8 +4,9 @@ from bisect import insort
 from random import Random
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from trimaran.errors import Refusal
 from trimaran.tasks.draw import drawn
 from trimaran.tasks.task import REWARD, Message, Prompt, Split, Task, Trace
 
@@ -29,6 +30,13 @@ class Sorting(Task):
     order: Literal["up", "down", "both"] = "up"
     varied: bool = False
     thinking: bool = False
+
+    @model_validator(mode="after")
+    def _enough(self) -> "Sorting":
+        if self.items == "numbers" and self.length > self.below:
+            found = f"length = {self.length} different numbers below {self.below}"
+            raise Refusal(found, f"at most {self.below}", "lower length, or raise below")
+        return self
 
     def prompt(self, number: int, split: Split = "train") -> Prompt:
         items, down = drawn(self.name, number, split, self._make, lambda made: f"list {sorted(made[0])}")
