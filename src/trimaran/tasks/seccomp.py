@@ -61,7 +61,7 @@ CALLS = {
     "finit_module": (313, 273),
     "delete_module": (176, 106),
 }
-CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+CLONE, CLONE3, SOCKET, SOCKETPAIR = (56, 220), (435, 435), (41, 198), (53, 199)
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 X32 = 0x40000000  # the second way into an x86_64 kernel, with numbers of its own
 AF_UNIX = 1
@@ -93,7 +93,8 @@ def program(machine: str) -> bytes:
     out += [
         *((EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 1, NEW_NAMESPACES)),
         *((RETURN, 0, 0, ERROR | errno.EPERM), (RETURN, 0, 0, ALLOW)),
-        *((EQUAL, 0, 3, SOCKET[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, AF_UNIX)),
+        *((EQUAL, 1, 0, SOCKETPAIR[column]), (EQUAL, 0, 3, SOCKET[column])),
+        *((LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, AF_UNIX)),
         *((RETURN, 0, 0, ERROR | errno.EPERM), (RETURN, 0, 0, ALLOW)),
     ]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in out)
