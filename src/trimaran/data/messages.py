@@ -221,7 +221,7 @@ def words_of(content: Any) -> str:
         return content
     if not isinstance(content, list):
         raise Refusal(f"content of type {type(content).__name__}", "a text or a list of parts", "write it as text")
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     for part, text in zip(content, texts, strict=True):
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else part
