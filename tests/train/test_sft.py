@@ -26,7 +26,7 @@ from trimaran.tasks.task import REWARD, Prompt, Task
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.loop import parts
 from trimaran.train.objective import Pretraining
-from trimaran.train.sft import begin, main
+from trimaran.train.sft import begin, located, main
 from trimaran.train.sft_recipe import SftRecipe
 from trimaran.train.validate import evaluate
 
@@ -252,13 +252,24 @@ def test_adapters_alone_learn_and_end_merged(start, tmp_path):
     before, after = trimaran.load(start).state_dict(), trimaran.load(tmp_path / "run").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(start)
     losses = [one["loss"] for one in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     other = SftRecipe(**{**recipe.model_dump(), "run": str(tmp_path / "other"), "lora": {"targets": ["atention"]}})
     with pytest.raises(Refusal, match=r"matches nothing .*allowed: attention"):
         main(other)
     assert not (tmp_path / "other").exists()
+
+
+def test_paths_of_a_recipe_and_of_its_tasks_mean_the_same_from_anywhere(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gsm = {"task": "gsm8k", "count": 4, "settings": {"train": "a.jsonl", "held_out": "b.jsonl", "thinking": False}}
+    data = located(recipe_of(start, tmp_path / "run", {"path": "rows.jsonl", "tasks": {"words": gsm}})).data
+    assert data.path == str(tmp_path / "rows.jsonl")
+    settings = {"train": str(tmp_path / "a.jsonl"), "held_out": str(tmp_path / "b.jsonl"), "thinking": False}
+    assert data.tasks["words"].settings == settings
 
 
 def row(*messages: dict) -> str:

@@ -17,7 +17,6 @@ Row = dict[str, Any]  # of a messages JSONL
 
 SPACING = 10_000_000  # between the problems of two seeds
 TRIES = 64  # problems looked at for another answer
-CHECKED = 8  # problems of each split, before a task is learned from
 
 
 def conversations(
@@ -32,7 +31,7 @@ def conversations(
     for name, (task, count) in tasks.items():
         if count < 1:
             raise Refusal(f"{name}: count = {count}", "1 or more episodes", "leave the task out or ask for some")
-        task.check(CHECKED)
+        task.check()
     order = [(name, number) for name, (_, count) in tasks.items() for number in range(count)]
     Random(digest(f"order {seed}")).shuffle(order)
     return (row(name, tasks[name][0], seed * SPACING + number, guesses.get(name, 0.0)) for name, number in order)

@@ -1,6 +1,7 @@
 """Tasks by name. A name, or `package.module:Class` for one's own, beside the task's settings."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trimaran import config
@@ -23,3 +24,10 @@ def task(name: str, settings: Mapping[str, Any] | None = None) -> Task:
     """The task called `name` with `settings`. Raises Refusal for an unknown name, and for settings it does not have."""
     found: type[Task] = config.named(name, TASKS, "task")
     return found(**dict(settings or {}))
+
+
+def located(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with absolute paths, so that a recipe's copy means the same from anywhere. Raises as `task` does."""
+    opened = task(name, settings)
+    paths = {key for key in settings if isinstance(getattr(opened, key), Path)}
+    return {key: str(Path(value).expanduser().absolute()) if key in paths else value for key, value in settings.items()}

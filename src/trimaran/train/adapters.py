@@ -44,8 +44,11 @@ def begin_adapters(model: HybridModel, settings: LoraSettings | None, train: Tra
     say(str(lora.apply(model, settings, seed)))
 
 
-def end_adapters(model: HybridModel, folder: Path, base: str | None = None) -> None:
-    """Saves the adapters of a finished run under folder/adapter and merges them; nothing where there are none."""
+def end_adapters(model: HybridModel, folder: Path, base: str | None) -> None:
+    """Saves the adapters of a finished run under folder/adapter and merges them; nothing where there are none.
+
+    base: where the run began, for whoever opens the adapters.
+    """
     if not lora.adapted(model):
         return
     adapter.save(model, folder / FOLDER, base)

@@ -111,7 +111,7 @@ def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     beside: what a stage has to add to the result.
     """
     folder = run.folder
-    end_adapters(run.model, folder)
+    end_adapters(run.model, folder, config.read(folder / RECIPE).get("start"))
     hub.save(run.model, folder)
     metrics = folder / "metrics.jsonl"
     curves = series(metrics, train="loss", **{"held out": "held_out_loss"})

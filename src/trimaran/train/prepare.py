@@ -141,15 +141,14 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
     say(f"model: {config.pattern} with {sizes.total:,} parameters, {sizes.active:,} active per token")
     torch.manual_seed(recipe.seed)
     model = build(config, place(settings.device), seed=recipe.seed)
-    objective = Pretraining(
-        model,
-        mtp_scale=settings.mtp_scale,
-        mtp_every=settings.mtp_every,
-        aux_loss=settings.aux_loss,
-        router_bias_rate=settings.router_bias_rate,
-    )
-    optimizer = optimizer_of(settings, model)
+    objective, optimizer = objective_of(settings, model), optimizer_of(settings, model)
     return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
+
+
+def objective_of(settings: TrainSettings, model: HybridModel) -> Pretraining:
+    """The next token and those after it, weighed as a recipe says."""
+    chosen = settings.model_dump(include={"mtp_scale", "mtp_every", "aux_loss", "router_bias_rate"})
+    return Pretraining(model, **chosen)
 
 
 def optimizer_of(settings: TrainSettings, model: HybridModel) -> torch.optim.Optimizer:

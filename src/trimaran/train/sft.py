@@ -13,15 +13,14 @@ from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import say
+from trimaran.tasks import names
 from trimaran.tasks.gold import conversations
-from trimaran.tasks.names import task
 from trimaran.text.template import NEMOTRON_3
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.adapters import begin_adapters
 from trimaran.train.folder import absolute, carry_out
 from trimaran.train.loop import Run
-from trimaran.train.objective import Pretraining
-from trimaran.train.prepare import optimizer_of, place
+from trimaran.train.prepare import objective_of, optimizer_of, place
 from trimaran.train.sft_recipe import MessagesSettings, SftRecipe
 
 
@@ -38,7 +37,10 @@ def main(recipe: SftRecipe) -> int:
 def located(recipe: SftRecipe) -> SftRecipe:
     """The recipe with absolute paths, so that its copy in the run folder means the same from anywhere."""
     paths = {"path": absolute(recipe.data.path), "held_out_path": absolute(recipe.data.held_out_path)}
-    data = recipe.data.replace(**paths)
+    tasks = {
+        name: one.replace(settings=names.located(one.task, one.settings)) for name, one in recipe.data.tasks.items()
+    }
+    data = recipe.data.replace(**paths, tasks=tasks)
     return recipe.replace(start=absolute(recipe.start), run=absolute(recipe.run), data=data)
 
 
@@ -57,14 +59,7 @@ def begin(recipe: SftRecipe, label: str = "sft") -> Run:
         tokenizer.save(recipe.run)
     torch.manual_seed(recipe.seed)
     begin_adapters(model, recipe.lora, settings, recipe.seed)
-    objective = Pretraining(
-        model,
-        mtp_scale=settings.mtp_scale,
-        mtp_every=settings.mtp_every,
-        aux_loss=settings.aux_loss,
-        router_bias_rate=settings.router_bias_rate,
-    )
-    optimizer = optimizer_of(settings, model)
+    objective, optimizer = objective_of(settings, model), optimizer_of(settings, model)
     scored = [Answers(held_out, tokenizer.byte_lengths, **shape)] if len(held_out) else []
     return Run(Path(recipe.run), settings, model, objective, optimizer, packs, scored, tokenizer, label)
 
@@ -107,9 +102,7 @@ def episodes(data: MessagesSettings, seed: int) -> list[Chat]:
     """Perfect episodes of the tasks that a recipe names. Raises Refusal for a task that fails its check."""
     if not data.tasks:
         return []
-    named = {name: (task(one.task, one.settings), one.count) for name, one in data.tasks.items()}
-    for one, _ in named.values():
-        one.check()
+    named = {name: (names.task(one.task, one.settings), one.count) for name, one in data.tasks.items()}
     rows = conversations(named, seed, {name: one.guesses for name, one in data.tasks.items()})
     return [chat_of(row, f"task {row['task']}, episode {number}") for number, row in enumerate(rows)]
 
