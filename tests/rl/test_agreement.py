@@ -14,7 +14,6 @@ from trimaran.rl.rollout import Asked, Rollout, roll
 from trimaran.rl.source import logprobs
 from trimaran.rl.streams import Example, pack, unpack
 from trimaran.tasks.task import Task
-from trimaran.train.balance import Balance
 
 
 def rolled(
@@ -36,7 +35,6 @@ def gap(model, rollouts: list[Rollout], temperature: float = 1.0) -> float:
 def update(model, rollouts: list[Rollout]) -> None:
     """A step large enough for old weights to be found out."""
     objective = PolicyGradient(model.train(), PolicySettings(gap_limit=None), router_bias_rate=0.05)
-    objective.balance = Balance(model, 0.05)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     examples = [Example(one, (-1.0) ** place, 1.0) for place, one in enumerate(rollouts)]
     objective.terms(pack(examples, 64, 0))[0].backward()

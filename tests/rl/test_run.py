@@ -228,6 +228,7 @@ REFUSED = {
     "a range that no rule reads": ({"policy": {"importance": "none", "importance_range": [0.5, 5.0]}}, "none"),
     "effort that nobody is asked for": ({"shaping": {"effort": 0.1}}, r"shaping\.effort = 0\.1"),
     "drafts by the clock": ({"engine": {"drafter": "mtp"}}, r"engine\.draft = 0"),
+    "routers beside adapters": ({"lora": {"rank": 4}, "policy": {"train_router": True}}, "train_router = true"),
     "dropout in the head": ({"lora": {"rank": 4, "dropout": 0.1, "targets": ["head"]}}, "adapter on the head"),
 }
 

@@ -203,6 +203,13 @@ class RLRecipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _adapters_alone(self) -> "RLRecipe":
+        if self.lora is not None and self.policy.train_router:
+            found = "policy.train_router = true with lora"
+            raise Refusal(found, "false: all but the adapters is frozen", "leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
     def _the_same_again(self) -> "RLRecipe":
         """Drafts made by the clock change the last bits of log-probabilities, and a resumed run would end elsewhere."""
         engine = self.engine
