@@ -1,5 +1,7 @@
 """What of a conversation is learnt, token by token."""
 
+from dataclasses import replace
+
 import pytest
 
 from trimaran.data.examples import Controls, check_template, dedicated, encode, example, split
@@ -80,8 +82,6 @@ def test_ids_before_an_answer_are_those_that_generation_starts_from(tokenizer):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_a_cut_thought_keeps_its_beginning_and_its_answer_and_learns_no_end(tokenizer, share):
     whole = chat(ASK, THINK)
-    from dataclasses import replace
-
     ids, learnt = example(replace(whole, cut=share), tokenizer)
     full, full_learnt = example(whole, tokenizer)
     close = tokenizer.id_of("</think>")
@@ -89,6 +89,18 @@ def test_a_cut_thought_keeps_its_beginning_and_its_answer_and_learns_no_end(toke
     assert at == start + int(share * (end - start)) < end
     assert ids[:at].tolist() == full[:at].tolist() and ids[at:].tolist() == full[end:].tolist()
     assert not learnt[at] and learnt[start:at].all() and learnt[at + 1 :].all()
+
+
+def test_a_cut_thought_stays_open_where_the_model_opens_it(tokenizer):
+    said = "{{ '<think>' ~ m.reasoning_content ~ '</think>' ~ m.content ~ '<|im_end|>' }}"
+    body = (
+        "{% if m.role == 'assistant' %}{% generation %}"
+        + said
+        + "{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    )
+    marked = with_template(tokenizer, "{% for m in messages %}{{ '<|im_start|>' }}" + body + "{% endfor %}")
+    one = replace(chat(ASK, THINK), cut=0.0)
+    assert learnt_text(marked, one)[1] == ["<think>", "Nine fathoms.<|im_end|>"]
 
 
 def test_shares_are_exact_disjoint_and_follow_the_seed(tokenizer):

@@ -14,7 +14,7 @@ import numpy as np
 from trimaran.data.messages import Chat, at
 from trimaran.errors import Refusal
 from trimaran.text.chat import answer_prompts, encode_chat
-from trimaran.text.tags import THINK_CLOSE
+from trimaran.text.tags import THINK_CLOSE, THINK_OPEN
 from trimaran.text.tokenizer import Tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
@@ -135,13 +135,15 @@ def cut_off(
 
     The closing token is not learnt, so that nothing teaches the model to stop thinking early (Nemotron 3 Ultra).
     """
-    close = tokenizer.id_of(THINK_CLOSE)
+    opening, closing = tokenizer.id_of(THINK_OPEN), tokenizer.id_of(THINK_CLOSE)
     for start, stop in reversed(spans):
-        closes = np.flatnonzero(ids[start:stop] == close)
+        closes = np.flatnonzero(ids[start:stop] == closing)
         if len(closes) and closes[0] > 0:
             end = start + int(closes[0])
+            opens = np.flatnonzero(ids[start:end] == opening)  # where the model opens the thought, not the prompt
+            first = start + int(opens[0]) + 1 if len(opens) else start
             kept = np.ones(len(ids), bool)
-            kept[start + int(share * (end - start)) : end] = False
+            kept[first + int(share * (end - first)) : end] = False
             learnt = learnt.copy()
             learnt[end] = False
             return ids[kept], learnt[kept]
