@@ -200,6 +200,17 @@ def test_settings_that_cannot_work_are_refused(start, tmp_path, changes, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_begun_beside_its_prompts_goes_on_from_anywhere(start, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"boat {n}?"}) + "\n" for n in range(9)))
+    mine = {"task": "trimaran.rl.recorded:Recorded", "settings": {"path": "prompts.jsonl", "held_out": 3}}
+    changes = {"train": {"steps": 2, "batch_size": 16}, "rollouts": {"pool": 16, "max_tokens": 6}}
+    recipe = HealRecipe(**{**tables(start, tmp_path / "run", **changes), "environments": {"mine": mine}})
+    monkeypatch.chdir(tmp_path)
+    assert main(recipe) == 0
+    kept = config.load(HealRecipe, tmp_path / "run" / "recipe.toml")
+    assert kept.environments["mine"].settings["path"] == str(tmp_path / "prompts.jsonl")
+
+
 def test_no_held_out_prompt_is_measured_twice(start, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"boat {n}?"}) + "\n" for n in range(9)))

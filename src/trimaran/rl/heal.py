@@ -43,7 +43,8 @@ def main(recipe: HealRecipe) -> int:
     result.json of the run folder has the acceptance length before and after, greedy and sampled.
     """
     keep_freed_memory()
-    recipe = recipe.model_copy(update={"start": absolute(recipe.start), "run": absolute(recipe.run)})
+    environments = {name: one.located() for name, one in recipe.environments.items()}
+    recipe = recipe.replace(start=absolute(recipe.start), run=absolute(recipe.run), environments=environments)
     return carry_out(recipe, lambda: begin(recipe), lambda run: finish(recipe, run))
 
 

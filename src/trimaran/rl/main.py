@@ -39,7 +39,8 @@ def located(recipe: RLRecipe) -> RLRecipe:
     """The recipe with absolute paths, so that its copy in the run folder means the same from anywhere."""
     curriculum = recipe.curriculum.replace(profile=absolute(recipe.curriculum.profile))
     paths = {"start": absolute(recipe.start), "run": absolute(recipe.run)}
-    return recipe.model_copy(update={**paths, "curriculum": curriculum})
+    environments = {name: one.located() for name, one in recipe.environments.items()}
+    return recipe.model_copy(update={**paths, "curriculum": curriculum, "environments": environments})
 
 
 def begin(recipe: RLRecipe, source_of: Callable[..., Rollouts] = Rollouts) -> Run:

@@ -37,6 +37,10 @@ class Environment(Settings):
         """The task; refused when it does not exist, or has no such settings."""
         return names.task(self.task, self.settings)
 
+    def located(self) -> "Environment":
+        """The same with absolute paths."""
+        return self.replace(settings=names.located(self.task, self.settings))
+
 
 class RolloutSettings(Settings):
     """What a batch is: `prompts` problems, each answered `samples` times, and how the model answers.

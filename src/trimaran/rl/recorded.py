@@ -24,13 +24,13 @@ class Recorded(Task):
     """The prompts of a JSONL file, in its order, over and over. Every answer scores 0."""
 
     name: ClassVar[str] = "recorded"
-    path: str
+    path: Path
     held_out: int = Field(20, ge=2)
 
     @cached_property
     def rows(self) -> dict[Split, list[tuple[tuple[Message, ...], tuple[Any, ...]]]]:
         """(messages, tools) of every row, read whole and checked."""
-        found = [self.row(row, place) for place, row in rows(Path(self.path))]
+        found = [self.row(row, place) for place, row in rows(self.path)]
         if len(found) < self.held_out:
             step = "give more prompts, or lower held_out"
             raise Refusal(f"{len(found)} prompts in {self.path}", f"at least held_out = {self.held_out}", step)
