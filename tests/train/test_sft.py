@@ -286,6 +286,16 @@ def test_messages_and_tasks_are_learnt_together(start, tmp_path):
     assert len(run.loader.examples) == 170 and run.held_out == []
 
 
+def test_what_is_held_out_is_not_learnt(start, tmp_path, capsys):
+    path, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    rows = [row({**ASK, "content": f"sea {n}?"}, SAY) for n in range(50)]
+    path.write_text("".join(rows))
+    held.write_text("".join(rows[:9]) + row(ASK, SAY))
+    run = begin(recipe_of(start, tmp_path / "run", {"path": str(path), "held_out_path": str(held), "tasks": {}}))
+    assert (len(run.loader.examples), len(run.held_out[0].examples)) == (41, 10)
+    assert "9 of 50 conversations are held out, too, and not learnt" in capsys.readouterr().out
+
+
 BAD = {
     "no roles": (json.dumps({"messages": [{"content": "?"}]}) + "\n", {}, "line 1: a message without a role"),
     "bad line": (row(ASK, SAY) + "{\n", {}, "line 2: no JSON"),

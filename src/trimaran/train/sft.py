@@ -87,9 +87,18 @@ def opened_model(start: str, device: str, tokenizer: Tokenizer) -> HybridModel:
 def examples_of(data: MessagesSettings, tokenizer: Tokenizer, seed: int) -> tuple[Examples, Examples]:
     """(to learn from, held out), encoded. Held-out conversations are taken as they are, without `Controls`."""
     chats = [*(read(data.path) if data.path else []), *episodes(data, seed)]
-    training, held_out = (chats, read(data.held_out_path)) if data.held_out_path else split(chats, data.held_out)
+    training, held_out = apart(chats, read(data.held_out_path)) if data.held_out_path else split(chats, data.held_out)
     training = Controls(data.reasoning_off, data.truncated_thoughts).applied(training, seed)
     return encoded(training, tokenizer, data), encoded(held_out, tokenizer, data)
+
+
+def apart(chats: Sequence[Chat], held_out: list[Chat]) -> tuple[list[Chat], list[Chat]]:
+    """(to learn from, held out): what stands in both is not learnt, and counted."""
+    away = {chat.digest for chat in held_out}
+    training = [chat for chat in chats if chat.digest not in away]
+    if len(training) < len(chats):
+        say(f"{len(chats) - len(training)} of {len(chats)} conversations are held out, too, and not learnt")
+    return training, held_out
 
 
 def encoded(chats: Sequence[Chat], tokenizer: Tokenizer, data: MessagesSettings) -> Examples:
