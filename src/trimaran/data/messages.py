@@ -1,8 +1,8 @@
 """Conversations to learn from: rows of JSONL, read and checked whole before anything is trained.
 
 A row is {"messages": [...]} of OpenAI's form, or {"prompt": ..., "completion": ...} where each is a text or messages.
-Beside it may stand "tools", "thinking" (false: the answer is given without a thought), "task", and "budget" and
-"effort" as the chat template knows them. An assistant's message with "weight": 0 is read, not learnt.
+Beside it may stand "tools", "thinking" (false: the answer is given without a thought), and "budget" and "effort" as
+the chat template knows them; other keys, such as "task", are for whoever reads the file. An assistant's message with "weight": 0 is read, not learnt.
 """
 
 import hashlib
@@ -35,7 +35,6 @@ class Chat:
     learns: tuple[bool, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool = True
-    task: str = ""
     budget: int | None = None
     effort: str | None = None
     cut: float | None = None
@@ -146,7 +145,7 @@ def chat_of(row: Row, place: str) -> Chat:
         asked = {key: given[key] for key in ("budget", "effort") if key in given}
         if type(asked.get("budget", 0)) is not int:
             raise Refusal(f"budget = {asked['budget']!r}", "tokens of thought", "write a whole number")
-        chat = Chat(cleaned, learns, tuple(tools.definitions), task=str(given.get("task", "")), place=place, **asked)
+        chat = Chat(cleaned, learns, tuple(tools.definitions), place=place, **asked)
     return chat if thinking else chat.without_thoughts()
 
 
