@@ -2,7 +2,8 @@
 
 A row is {"messages": [...]} of OpenAI's form, or {"prompt": ..., "completion": ...} where each is a text or messages.
 Beside it may stand "tools", "thinking" (false: the answer is given without a thought), and "budget" and "effort" as
-the chat template knows them; other keys, such as "task", are for whoever reads the file. An assistant's message with "weight": 0 is read, not learnt.
+the chat template knows them; other keys, such as "task", are for whoever reads the file. An assistant's message with
+"weight": 0 is read, not learnt.
 """
 
 import hashlib
