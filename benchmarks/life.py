@@ -75,7 +75,7 @@ def main() -> None:
         jobs = [pool.submit(live, seed, arms, Path(asked.base), asked.out, asked.set) for seed in seeds]
         found = {seed: job.result() for seed, job in zip(seeds, jobs)}
     document = {"made_on": environment(), "seeds": seeds, "each": found, "summary": summary(list(found.values()))}
-    print(json.dumps(document["summary"], indent=1))
+    print(markdown(document["summary"]))
     if not asked.set and len(seeds) > 2:
         RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -170,6 +170,22 @@ def summary(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 spread = [round(statistics.mean(values), 3), round(min(values), 3), round(max(values), 3)]
                 found.setdefault(arm, {}).setdefault(task, {})[kind] = spread
     return found
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The summary as a table: percent, sampled (lowest to highest seed), greedy behind a stroke."""
+    tasks = ("sums", "strings", "sorting", "calls")
+    lines = [f"| arm | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    for arm, scores in found.items():
+        if arm != "budget":
+            lines.append(f"| `{arm}` | {' | '.join(cell(scores[task]) for task in tasks)} |")
+    lines += [f"\nsums of `rlvr` by budget: {word} {cell(one)}" for word, one in found.get("budget", {}).items()]
+    return "\n".join(lines)
+
+
+def cell(one: Mapping[str, Sequence[float]]) -> str:
+    (mean, low, high), greedy = one["sampled"], one["greedy"][0]
+    return f"{mean:.0%} ({low:.0%}-{high:.0%}) / {greedy:.0%}"
 
 
 if __name__ == "__main__":
