@@ -3,7 +3,7 @@
     sft              learns to answer: sums with a scratchpad, changed strings, sorted lists, tool calls
     rlvr             GRPO over three environments at once
     sums, strings    specialists, each by GRPO on one environment
-    mopd             rlvr's model learns from both specialists on its own texts
+    mopd             rlvr's model learns from both specialists on its own texts, and keeps the rest
     heal             the draft block catches up with the trunk that has moved
 
 A stage is a recipe in `stages/`, carried out as `trimaran train` would. Finished ones are not run again.
@@ -28,7 +28,7 @@ from trimaran.report import say
 from trimaran.rl import heal, mopd
 from trimaran.rl import main as rl
 from trimaran.rl.heal_recipe import HealRecipe
-from trimaran.rl.mopd_recipe import MopdRecipe
+from trimaran.rl.mopd_recipe import MopdRecipe, TeacherSettings
 from trimaran.rl.recipe import RLRecipe
 from trimaran.train import sft
 from trimaran.train.sft_recipe import SftRecipe
@@ -77,10 +77,8 @@ def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingPr
         say(f"\n{name}: {stage.about}")
         start = base if stage.start == "pretrain" else home / stage.start
         overrides = [f"start={start}", f"run={home / name}", f"seed={seed}"]
-        if name == "mopd":
-            overrides += [f"teachers.{one}.path={home / one}" for one in ("sums", "strings")]
-        overrides += changes.get(name, ())
-        code = stage.main(config.load(stage.settings, STAGES / f"{name}.toml", overrides))
+        recipe = config.load(stage.settings, STAGES / f"{name}.toml", [*overrides, *changes.get(name, ())])
+        code = stage.main(with_teachers(recipe, home) if isinstance(recipe, MopdRecipe) else recipe)
         if code:
             return code
         scores = score_of(home / name, home / name)
@@ -92,6 +90,15 @@ def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingPr
     say(f"{base / RESULTS} has these figures. Serve what became of it, with a bound on its thoughts:")
     say(f"  trimaran serve {home / 'heal'} engine.drafter=mtp")
     return 0
+
+
+def with_teachers(recipe: MopdRecipe, home: Path) -> MopdRecipe:
+    """The recipe with its teachers' places. What no specialist teaches would be forgotten, so in the other environments
+    of rlvr the student is held to rlvr's own model."""
+    every = config.load(RLRecipe, STAGES / "rlvr.toml").environments
+    paths = {name: home / (name if name in recipe.environments else "rlvr") for name in every}
+    teachers = {name: TeacherSettings(path=str(path)) for name, path in paths.items()}
+    return recipe.replace(environments=every, teachers=teachers)
 
 
 def scored(folder: Path, records: Path, overrides: Sequence[str] = ()) -> dict[str, Score]:
