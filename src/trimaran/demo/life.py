@@ -33,6 +33,7 @@ from trimaran.rl.recipe import RLRecipe
 from trimaran.train import sft
 from trimaran.train.sft_recipe import SftRecipe
 
+BASE = ("n=50", "samples=1")  # of the base model, which answers nothing and does not end
 STAGES = Path(__file__).parent / "stages"
 TASKS, CONTROLS, RESULTS = STAGES / "tasks.toml", STAGES / "controls.json", "results.json"
 
@@ -40,21 +41,22 @@ TASKS, CONTROLS, RESULTS = STAGES / "tasks.toml", STAGES / "controls.json", "res
 @dataclass(frozen=True)
 class Stage:
     """A recipe, the stage whose model it starts from, and the control that its scores are printed beside: another
-    stage's, or one of the arms in controls.json (benchmarks/life.py)."""
+    stage's, or one of the arms in controls.json (benchmarks/life.py). steps: fewer than the recipe's, for time."""
 
     settings: type[Settings]
     main: Callable[[Any], int]
     start: str
     control: str
     about: str
+    steps: int | None = None
 
 
 CHAIN = {
     "sft": Stage(SftRecipe, sft.main, "pretrain", "pretrain", "fine-tuning; control: the base model"),
     "rlvr": Stage(RLRecipe, rl.main, "sft", "more", "GRPO on three tasks; control: fine-tuning for as many tokens"),
-    "sums": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in sums; control: rlvr"),
-    "strings": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in strings; control: rlvr"),
-    "mopd": Stage(MopdRecipe, mopd.main, "rlvr", "rlvr", "taught by both specialists; control: rlvr, where it began"),
+    "sums": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in sums; control: rlvr", 60),
+    "strings": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in strings; control: rlvr", 60),
+    "mopd": Stage(MopdRecipe, mopd.main, "rlvr", "rlvr", "taught by both; control: rlvr, where it began", 60),
     "heal": Stage(HealRecipe, heal.main, "mopd", "mopd", "draft block only; control: mopd, which it must equal"),
 }
 
@@ -67,16 +69,17 @@ def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingPr
     """
     home = base / "stages"
 
-    def score_of(folder: Path, records: Path) -> dict[str, Score]:
-        return scored(folder, records / "scores", changes.get("tasks", ()))
+    def score_of(folder: Path, records: Path, *fewer: str) -> dict[str, Score]:
+        return scored(folder, records / "scores", ["samples=2", "greedy=false", *fewer, *changes.get("tasks", ())])
 
     known = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.is_file() else {}
     results: dict[str, dict[str, Any]] = {"pretrain": {}}
-    reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(score_of(base, home / "pretrain"))}
+    reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(score_of(base, home / "pretrain", *BASE))}
     for name, stage in CHAIN.items():
         say(f"\n{name}: {stage.about}")
         start = base if stage.start == "pretrain" else home / stage.start
         overrides = [f"start={start}", f"run={home / name}", f"seed={seed}"]
+        overrides += [] if stage.steps is None else [f"train.steps={stage.steps}"]
         recipe = config.load(stage.settings, STAGES / f"{name}.toml", [*overrides, *changes.get(name, ())])
         code = stage.main(with_teachers(recipe, home) if isinstance(recipe, MopdRecipe) else recipe)
         if code:
