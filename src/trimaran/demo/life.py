@@ -1,7 +1,7 @@
 """`trimaran demo --full`: what becomes of the first run's model, stage after stage, each scored beside its control.
 
     sft              learns to answer: sums with a scratchpad, changed strings, sorted lists, tool calls
-    rlvr             GRPO over three environments at once
+    rlvr             GRPO over four environments at once
     sums, strings    specialists, each by GRPO on one environment
     mopd             rlvr's model learns from both specialists on its own texts, and keeps the rest
     heal             the draft block catches up with the trunk that has moved
@@ -53,7 +53,7 @@ class Stage:
 
 CHAIN = {
     "sft": Stage(SftRecipe, sft.main, "pretrain", "pretrain", "fine-tuning; control: the base model"),
-    "rlvr": Stage(RLRecipe, rl.main, "sft", "more", "GRPO on three tasks; control: fine-tuning for as many tokens"),
+    "rlvr": Stage(RLRecipe, rl.main, "sft", "more", "GRPO on four tasks; control: fine-tuning for as many tokens"),
     "sums": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in sums; control: rlvr", 60),
     "strings": Stage(RLRecipe, rl.main, "sft", "rlvr", "specialist in strings; control: rlvr", 60),
     "mopd": Stage(MopdRecipe, mopd.main, "rlvr", "rlvr", "taught by both; control: rlvr, where it began", 60),
