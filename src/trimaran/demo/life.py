@@ -20,8 +20,7 @@ from trimaran import config
 from trimaran.config import Settings
 from trimaran.engine.engine import Engine
 from trimaran.engine.folder import FolderSettings, open_folder
-from trimaran.errors import writing
-from trimaran.evals.run import ScoreSettings, score
+from trimaran.evals.run import RESULTS, ScoreSettings, score, write_results
 from trimaran.evals.table import aligned
 from trimaran.evals.tally import Score
 from trimaran.report import say
@@ -35,7 +34,7 @@ from trimaran.train.sft_recipe import SftRecipe
 
 BASE = ("n=50", "samples=1")  # of the base model, which answers nothing and does not end
 STAGES = Path(__file__).parent / "stages"
-TASKS, CONTROLS, RESULTS = STAGES / "tasks.toml", STAGES / "controls.json", "results.json"
+TASKS, CONTROLS = STAGES / "tasks.toml", STAGES / "controls.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingPr
     def score_of(folder: Path, records: Path, *fewer: str) -> dict[str, Score]:
         return scored(folder, records / "scores", ["samples=2", "greedy=false", *fewer, *changes.get("tasks", ())])
 
-    known = json.loads(CONTROLS.read_text(encoding="utf-8")) if CONTROLS.is_file() else {}
+    known = json.loads(CONTROLS.read_text(encoding="utf-8"))
     results: dict[str, dict[str, Any]] = {"pretrain": {}}
     reached: dict[str, dict[str, float]] = {**known, "pretrain": rewards(score_of(base, home / "pretrain", *BASE))}
     for name, stage in CHAIN.items():
@@ -86,9 +85,9 @@ def live(base: Path, seed: int, changes: Mapping[str, Sequence[str]] = MappingPr
             return code
         scores = score_of(home / name, home / name)
         reached[name] = rewards(scores)
-        results[name] = beside(scores, reached.get(stage.control, {}))
+        results[name] = beside(scores, reached[stage.control])
         say(table(results[name]))
-        write(base / RESULTS, results)
+        write_results(base / RESULTS, results)
     say(f"\n{acceptance(home / 'heal')}")
     say(f"{base / RESULTS} has these figures. Serve what became of it, with a bound on its thoughts:")
     say(f"  trimaran serve {home / 'heal'} engine.drafter=mtp")
@@ -131,13 +130,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         control = "-" if one["control"] is None else f"{one['control']:.1%}"
         lines.append((task, "", f"{one['score']:.1%}", control, str(one["n"])))
     return aligned(lines)
-
-
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    with writing(path):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
 
 
 def acceptance(folder: Path) -> str:

@@ -33,11 +33,11 @@ from torch import Tensor
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.moe import Router
-from trimaran.model.sphere import project
 from trimaran.ops.logprobs import token_laws
 from trimaran.rl.recipe import PolicySettings
 from trimaran.rl.streams import PolicyStreams
 from trimaran.train.balance import Balance
+from trimaran.train.objective import Watched
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def policy_loss(logp_M: Tensor, chosen: Chosen, settings: PolicySettings) -> tup
     return loss, {"loss": loss.detach()} | {name: value.detach() for name, value in reported.items()}
 
 
-class PolicyGradient:
+class PolicyGradient(Watched):
     """The objective of an RL step (see `train.objective.Pretraining` for what an objective is).
 
     Freezes the draft block, and the routers unless told otherwise; their balancing bias still follows the load.
@@ -166,8 +166,7 @@ class PolicyGradient:
             if limit is not None and float(found["gap"]) > limit:
                 self.abandon()
                 raise self.apart(float(found["gap"]), float(found["gap_max"]), limit)
-        violation = self.balance.violation()
-        return found if violation is None else {**found, "max_vio": violation}
+        return {**found, **super().observed()}
 
     def apart(self, mean: float, largest: float, limit: float) -> Refusal:
         found = (
@@ -182,14 +181,12 @@ class PolicyGradient:
     def after_step(self) -> None:
         """Once the optimizer has stepped."""
         self.gaps = []
-        self.balance.step()
-        if self.model.config.residual == "ngpt":
-            project(self.model)
+        super().after_step()
 
     def abandon(self) -> None:
         """The step will not be finished."""
         self.gaps = []
-        self.balance.forget()
+        super().abandon()
 
 
 def gap(chosen: Chosen, share_M: Tensor) -> Tensor:

@@ -8,20 +8,18 @@ keeps the chosen answers' own probability from falling with the rejected ones' (
 reference is the model that the run begins with, so its log-probabilities are computed once, before the first step.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trimaran.model.hybrid import HybridModel
-from trimaran.model.sphere import project
 from trimaran.ops.logprobs import token_logprobs
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.rl.objective import freeze
 from trimaran.rl.preference_pairs import CHOSEN, REJECTED, PairRows, Pairs
 from trimaran.rl.preference_recipe import PreferenceSettings
 from trimaran.train.balance import Balance
+from trimaran.train.objective import Watched
 
 
 def answer_logprobs(model: HybridModel, part: PairRows) -> Tensor:
@@ -72,7 +70,7 @@ def preference_loss(logp_B2: Tensor, part: PairRows, settings: PreferenceSetting
     return loss, {name: value.detach() for name, value in reported.items()}
 
 
-class Preference:
+class Preference(Watched):
     """The objective of a step (see `train.objective.Pretraining` for what an objective is).
 
     Freezes the draft block, and the routers unless told otherwise; their balancing bias still follows the load.
@@ -92,21 +90,6 @@ class Preference:
         found = preference_loss(answer_logprobs(self.model, part), part, self.settings)
         self.balance.collect()
         return found
-
-    def observed(self) -> Mapping[str, Tensor]:
-        """How unevenly the experts were loaded, before `after_step` forgets it."""
-        violation = self.balance.violation()
-        return {} if violation is None else {"max_vio": violation}
-
-    def after_step(self) -> None:
-        """Once the optimizer has stepped."""
-        self.balance.step()
-        if self.model.config.residual == "ngpt":
-            project(self.model)
-
-    def abandon(self) -> None:
-        """The step will not be finished."""
-        self.balance.forget()
 
 
 @torch.no_grad()

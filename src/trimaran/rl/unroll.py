@@ -16,7 +16,7 @@ Ultra's (arXiv 2606.15007: depth 7, 12,000 steps of 64 rollouts). The trunk, the
 Where the model wrote nothing, the engine never drafts: prompts carry no weight, and are read with the trunk's vectors.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.divergence import forward_kl
 from trimaran.train.balance import Balance
-from trimaran.train.objective import shifted
+from trimaran.train.objective import Watched, shifted
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def unrolled(batch: Written, depth: int, draws: torch.Generator) -> Unrolled:
     return Unrolled(batch.tokens_BT, ids_BT, following_BT, drafted_BT / total, sources_KBT.movedim(0, 1))
 
 
-class Healing:
+class Healing(Watched):
     """The objective of a healing step (see `train.objective.Pretraining` for what an objective is).
 
     Freezes all of `model` but its draft block, whose experts are balanced on the way; the trunk's routers are not.
@@ -131,19 +131,6 @@ class Healing:
         reported |= {f"kl_{k}": self.depth * one for k, one in enumerate(losses_K.unbind(), 1)}
         self.balance.collect()
         return loss, reported
-
-    def observed(self) -> Mapping[str, Tensor]:
-        """How evenly the draft block's experts are used."""
-        violation = self.balance.violation()
-        return {} if violation is None else {"max_vio": violation}
-
-    def after_step(self) -> None:
-        """Once the optimizer has stepped."""
-        self.balance.step()
-
-    def abandon(self) -> None:
-        """The step will not be finished."""
-        self.balance.forget()
 
 
 def chosen(stands_BTD: Sequence[Tensor], sources_BT: Tensor) -> Tensor:

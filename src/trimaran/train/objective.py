@@ -87,7 +87,30 @@ def normalised(depth: Depth) -> Depth:
     return Depth(depth.next_BT, depth.targets_BT, depth.weights_BT / (total or 1.0))
 
 
-class Pretraining:
+class Watched:
+    """What every objective does about the model's experts: `balance` counts their loads during a step, and moves the
+    routers' biases by them once it is done."""
+
+    model: HybridModel
+    balance: Balance
+
+    def observed(self) -> Mapping[str, Tensor]:
+        """What else is worth a line in the metrics, before `after_step` forgets it."""
+        violation = self.balance.violation()
+        return {} if violation is None else {"max_vio": violation}
+
+    def after_step(self) -> None:
+        """Once the optimizer has stepped."""
+        self.balance.step()
+        if self.model.config.residual == "ngpt":
+            project(self.model)
+
+    def abandon(self) -> None:
+        """The step will not be finished."""
+        self.balance.forget()
+
+
+class Pretraining(Watched):
     """The objective of a pretraining step. `mtp_scale` 0 leaves the draft block untrained; it trains on every
     `mtp_every`-th step, for where its cost counts for more than its quality.
 
@@ -132,21 +155,6 @@ class Pretraining:
             if self.aux_loss:
                 loss = loss + self.aux_loss * part.share * total
         return loss, reported
-
-    def observed(self) -> Mapping[str, Tensor]:
-        """What else is worth a line in the metrics, before `after_step` forgets it."""
-        violation = self.balance.violation()
-        return {} if violation is None else {"max_vio": violation}
-
-    def after_step(self) -> None:
-        """Once the optimizer has stepped."""
-        self.balance.step()
-        if self.model.config.residual == "ngpt":
-            project(self.model)
-
-    def abandon(self) -> None:
-        """The step will not be finished."""
-        self.balance.forget()
 
 
 def weighted(hidden_BTD: Tensor, head: torch.nn.Module, depth: Depth) -> Tensor:
