@@ -2,8 +2,9 @@
 
     python benchmarks/verbs.py runs/demo            # a run folder that `trimaran demo` left
     python benchmarks/verbs.py runs/demo --demo     # and once `trimaran demo` itself, about three minutes
+    python benchmarks/verbs.py runs/life --full     # a folder that `trimaran demo --full` left, in one go
 
-Writes benchmarks/results/verbs.json; without --demo the file keeps the demo's time.
+Writes benchmarks/results/verbs.json; what is not asked for keeps the time the file has.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+from trimaran.evals.run import RESULTS as SCORES
 from trimaran.report import environment
 from trimaran.train.folder import RESULT
 
@@ -70,13 +73,27 @@ def demo(trimaran: list[str]) -> dict[str, float]:
     return {"whole": round(whole, 1), "training": round(result["wall_s"], 1), "cpu": round(result["cpu_s"], 1)}
 
 
+def full(run: Path) -> dict[str, Any]:
+    """How long the `trimaran demo --full` took that left `run`: from its first file to its last, and by stages."""
+    recipe = run / "recipe.toml"
+    stages = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in run.glob(f"stages/*/{RESULT}")}
+    base = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    trained = {"pretrain": base} | dict(sorted(stages.items(), key=lambda stage: stage[1]["made_on"]["date"]))
+    return {
+        "whole": round((run / SCORES).stat().st_mtime - recipe.stat().st_mtime, 1),
+        "training": {name: round(result["wall_s"], 1) for name, result in trained.items()},
+        "made_on": base["made_on"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--full", action="store_true")
     asked = parser.parse_args()
     run, trimaran = str(asked.run), [str(Path(sys.executable).with_name("trimaran"))]
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")).get("demo_s") if RESULTS.is_file() else None
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     document = {
         "seconds": {
             "trimaran --help": seconds([*trimaran, "--help"]),
@@ -88,7 +105,8 @@ def main() -> None:
             "trimaran serve, until it answers": until_served([*trimaran, "serve", run]),
         },
         "repeat": REPEAT,
-        "demo_s": demo(trimaran) if asked.demo else kept,
+        "demo_s": demo(trimaran) if asked.demo else kept.get("demo_s"),
+        "full_s": full(asked.run) if asked.full else kept.get("full_s"),
         "made_on": environment(),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

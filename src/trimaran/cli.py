@@ -54,7 +54,7 @@ VERBS: dict[str, Verb] = {
         "Trains a tokenizer and a model with Mamba-2, attention, latent experts and a draft block, draws its loss, "
         "compares it with a bigram model, prints samples and leaves a run folder that chat and generate open.",
         examples=("trimaran demo", "trimaran demo --full run=runs/life"),
-        flags={"full": "Go on: fine-tuning, reinforcement learning, distillation, healing; each scored (15 minutes)."},
+        flags={"full": "Go on: fine-tuning, reinforcement learning, distillation, healing; each scored (14 minutes)."},
     ),
     "train": Verb(
         "trimaran.cli:train",
