@@ -115,7 +115,22 @@ VERBS: dict[str, Verb] = {
         args=("TASKS",),
         flags={"json": "Print one JSON document instead."},
     ),
+    "convert": Verb(
+        "trimaran.cli:convert",
+        "Make another checkpoint of one or several.",
+        "One switch says how. --merge averages the checkpoints that a run kept (or last=N, or steps=[...]) into OUT, "
+        "as a decay of the learning rate would have (profile=minus_sqrt).",
+        examples=(
+            "trimaran convert --merge runs/text runs/merged",
+            "trimaran convert --merge runs/text runs/merged profile=cosine last=5",
+        ),
+        target="RUN",
+        args=("OUT",),
+        flags={"merge": "Average checkpoints of a constant learning rate into a decayed model."},
+    ),
 }
+
+CONVERSIONS = {"merge": "trimaran.train.merge:main"}  # a switch of `convert` -> main(target, overrides, out)
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
@@ -255,3 +270,15 @@ def train(target: str, overrides: list[str]) -> int | None:
     stage: Stage = config.named(str(tables["stage"]), STAGES, "stage")
     recipe = config.load(config.imported(stage.settings), path, overrides)
     return config.imported(stage.main)(recipe)
+
+
+def convert(target: str, overrides: list[str], out: str | None = None, **asked: bool) -> int | None:
+    """Hands the checkpoints to the one conversion that was asked for."""
+    from trimaran import config
+
+    chosen = [name for name, on in asked.items() if on]
+    if len(chosen) != 1:
+        found = f"trimaran convert with {' and '.join(f'--{name}' for name in chosen) or 'no switch'}"
+        allowed = "one of " + ", ".join(f"--{name}" for name in CONVERSIONS)
+        raise Refusal(found, allowed, "see trimaran convert -h")
+    return config.imported(CONVERSIONS[chosen[0]])(target, overrides, out)

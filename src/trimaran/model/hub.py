@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,8 +221,16 @@ class Saved:
     note: str = ""
 
 
-def save(model: HybridModel, path: str | os.PathLike[str], *, shard_bytes: int = 5_000_000_000) -> Saved:
+def save(
+    model: HybridModel,
+    path: str | os.PathLike[str],
+    *,
+    shard_bytes: int = 5_000_000_000,
+    read: Callable[[Piece], Tensor] | None = None,
+) -> Saved:
     """Writes config.json and the weights, in one file or in shards of at most `shard_bytes` with an index.
+
+    read: gives each tensor's values when its shard is written, for a model on "meta"; None: the model's own.
 
     Everything is written beside the old files first and renamed at the end. A model that no hub architecture computes
     is saved as model_type `trimaran`, which only this library opens, and a warning says so. Raises Refusal when the
@@ -236,7 +244,7 @@ def save(model: HybridModel, path: str | os.PathLike[str], *, shard_bytes: int =
         for left_over in folder.glob(f"{STAGING}*"):  # of a save that was killed
             shutil.rmtree(left_over)
         stage = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-        total = write_shards(model, stage, shard_bytes)
+        total = write_shards(model, stage, shard_bytes, read)
         write_synced(stage / CONFIG, dump_json(write_config(config, str(model.dtype).removeprefix("torch."))))
         files = swap_in(stage, folder)
     except (OSError, SafetensorError) as problem:
@@ -268,9 +276,11 @@ def check_savable(model: HybridModel) -> None:
         )
 
 
-def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
+def write_shards(
+    model: HybridModel, stage: Path, shard_bytes: int, read: Callable[[Piece], Tensor] | None = None
+) -> int:
     """Weights, and the index when there are several files. Returns the bytes of all tensors."""
-    shards: list[list[tuple[str, Tensor]]] = [[]]
+    shards: list[list[tuple[Piece, Tensor]]] = [[]]
     sizes = [0]
     weights = model.state_dict()
     for piece in [*all_pieces(model), *repeated_head(model)]:
@@ -279,12 +289,13 @@ def write_shards(model: HybridModel, stage: Path, shard_bytes: int) -> int:
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append([])
             sizes.append(0)
-        shards[-1].append((piece.hub_name, tensor))
+        shards[-1].append((piece, tensor))
         sizes[-1] += size
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, Tensor] = {hub: tensor.cpu().contiguous() for hub, tensor in shard}
+        values = ((piece, tensor if read is None else read(piece)) for piece, tensor in shard)
+        tensors: dict[str, Tensor] = {piece.hub_name: tensor.cpu().contiguous() for piece, tensor in values}
         if "lm_head.weight" in tensors and model.config.tie_embeddings:
             tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the format shares no memory
         save_file(tensors, stage / name, metadata={"format": "pt"})
