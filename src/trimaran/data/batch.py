@@ -29,3 +29,8 @@ class Batch:
         """Rows from `start` to `stop`, for accumulating a step in parts."""
         streams = (self.tokens_BT, self.targets_BT, self.doc_ids_BT, self.weights_BT)
         return Batch(*(stream[start:stop] for stream in streams))
+
+    def columns(self, start: int, stop: int) -> "Batch":
+        """The tokens from `start` to `stop` of every row."""
+        streams = (self.tokens_BT, self.targets_BT, self.doc_ids_BT, self.weights_BT)
+        return Batch(*(stream[:, start:stop] for stream in streams))

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from trimaran.model.moe import MoE
+from trimaran.parallel.world import World
 
 
 class Balance:
-    """What the MoE blocks of a model report during one optimizer step. Routers without a bias have the loss alone."""
+    """What the MoE blocks of a model report during one optimizer step. Routers without a bias have the loss alone.
 
-    def __init__(self, model: nn.Module, rate: float):
-        self.rate = rate
+    world: the processes that have parts of the step; `gather` adds up what they counted.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, world: World | None = None):
+        self.rate, self.world = rate, world or World()
         self.blocks = [module for module in model.modules() if isinstance(module, MoE)]
         for block in self.blocks:
             block.watched = True
@@ -32,6 +36,13 @@ class Balance:
                 load_E = self.loads[index]
                 self.loads[index] = stats.load_E if load_E is None else load_E + stats.load_E
         return (torch.stack(losses).sum(), len(losses)) if losses else None
+
+    def gather(self) -> None:
+        """Once per step, behind its last forward: the loads of all processes, in one exchange."""
+        known = [load_E for load_E in self.loads if load_E is not None]
+        if known and not self.world.alone:
+            total = iter(self.world.sum(torch.stack(known)))
+            self.loads = [None if load_E is None else next(total) for load_E in self.loads]
 
     def violation(self) -> Tensor | None:
         """MaxVio of the step so far, max_e load_e / mean(load) - 1, in the worst block; 0 is perfect balance."""

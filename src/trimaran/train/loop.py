@@ -16,6 +16,9 @@ from torch import Tensor
 
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
+from trimaran.parallel.places import Cut
+from trimaran.parallel.shard import synchronise
+from trimaran.parallel.world import World
 from trimaran.report import Progress, say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint
@@ -62,7 +65,10 @@ class Diverged(Refusal):
 
 @dataclass
 class Run:
-    """One run on one device: what it changes, what it reads, where it writes. `step` counts finished updates."""
+    """One run: what it changes, what it reads, where it writes. `step` counts finished updates.
+
+    world: the processes it is spread over; cuts: what `parallelize` left of each parameter in this one.
+    """
 
     folder: Path
     settings: TrainSettings
@@ -74,6 +80,8 @@ class Run:
     tokenizer: Tokenizer | None = None
     label: str = "train"
     step: int = 0
+    world: World = field(default_factory=World)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
     parameters: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,16 +130,10 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     Reading those is the one wait for the device in a step: nothing may be updated before they are known to be finite.
     """
     objective, model = run.objective, run.model
-    streams = objective.streams(batch, run.step).to(model.device)
+    streams = run.world.share(objective.streams(batch, run.step)).to(model.device)
     run.optimizer.zero_grad(set_to_none=True)
-    seen: dict[str, Tensor] = {}
-    for part in parts(streams, run.settings.accumulate):
-        with autocast(run):
-            loss, terms = objective.terms(part)
-        loss.backward()
-        for name, term in terms.items():
-            seen[name] = seen[name] + term if name in seen else term
-    seen["grad_norm"] = clip(run.parameters, run.settings.clip)
+    seen = run.world.total(gradients(run, streams))
+    seen["grad_norm"] = clip(run.parameters, run.settings.clip, run.world)
     seen |= objective.observed()
     values = dict(zip(seen, torch.stack([value.float() for value in seen.values()]).tolist()))
     if not all(map(math.isfinite, values.values())):
@@ -142,6 +144,20 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     objective.after_step()
     model.version += 1
     return values
+
+
+def gradients(run: Run, streams: Rows) -> dict[str, Tensor]:
+    """Losses and their gradients, a part of the rows at a time; the terms by name, added up."""
+    seen: dict[str, Tensor] = {}
+    pieces = parts(streams, run.settings.accumulate)
+    for number, part in enumerate(pieces, 1):
+        synchronise(run.model, number == len(pieces), run.world)
+        with autocast(run):
+            loss, terms = run.objective.terms(part)
+        loss.backward()
+        for name, term in terms.items():
+            seen[name] = seen[name] + term if name in seen else term
+    return seen
 
 
 def parts(streams: R, count: int) -> list[R]:

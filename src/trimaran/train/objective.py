@@ -17,6 +17,7 @@ from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.sphere import project
 from trimaran.ops.loss import cross_entropy
+from trimaran.parallel.world import World
 from trimaran.train.balance import Balance
 
 
@@ -42,6 +43,10 @@ class Streams:
         """Rows from `start` to `stop`."""
         share = self.share * (stop - start) / len(self.tokens_BT)
         return self._each(lambda stream: stream[start:stop], share)
+
+    def columns(self, start: int, stop: int) -> "Streams":
+        """The tokens from `start` to `stop` of every row."""
+        return self._each(lambda stream: stream[:, start:stop], self.share)
 
     def to(self, device: torch.device) -> "Streams":
         """The same on `device`."""
@@ -95,7 +100,8 @@ class Watched:
     balance: Balance
 
     def observed(self) -> Mapping[str, Tensor]:
-        """What else is worth a line in the metrics, before `after_step` forgets it."""
+        """What else is worth a line in the metrics, before `after_step` forgets it; asked once a step."""
+        self.balance.gather()
         violation = self.balance.violation()
         return {} if violation is None else {"max_vio": violation}
 
@@ -126,10 +132,11 @@ class Pretraining(Watched):
         aux_loss: float,
         router_bias_rate: float,
         mtp_every: int = 1,
+        world: World | None = None,
     ):
         self.model, self.mtp_scale, self.mtp_every, self.aux_loss = model, mtp_scale, mtp_every, aux_loss
         self.depths = model.config.mtp_depth if model.mtp is not None and mtp_scale else 0
-        self.balance = Balance(model, router_bias_rate)
+        self.balance = Balance(model, router_bias_rate, world)
 
     def streams(self, batch: Batch, step: int = 0) -> Streams:
         """A whole step, its weights normalised; on the device of `batch`. `step` counts the updates before it."""

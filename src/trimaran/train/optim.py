@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimaran.parallel.places import local
+from trimaran.parallel.world import World
 from trimaran.train.muon import Muon, matrices
 
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel
@@ -46,11 +48,19 @@ def muon(
 def decaying(model: nn.Module, without: set[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups, with weight decay and without; empty ones are left out."""
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in without]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for alike in by_mesh(rest):
+        groups.append({"params": [p for p in alike if p.ndim > 1], "weight_decay": weight_decay})
+        groups.append({"params": [p for p in alike if p.ndim <= 1], "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are spread over the same processes: an optimizer's kernel takes no others in one call."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())
 
 
 def fusible(model: nn.Module) -> bool:
@@ -63,10 +73,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("times", 1.0)
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scales all gradients so that their global norm is at most `limit`; returns the norm before, on their device."""
+def clip(parameters: Iterable[nn.Parameter], limit: float | None, world: World | None = None) -> Tensor:
+    """Scales all gradients so that their global norm is at most `limit`; returns the norm before, on their device.
+
+    world: the processes that hold the gradients between them.
+    """
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if world is None or world.alone:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        return norm
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    norm = world.norm(nn.utils.get_total_norm(gradients, foreach=True))
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
     return norm

@@ -21,6 +21,7 @@ from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel, build
 from trimaran.model.presets import of_width
 from trimaran.model.size import count
+from trimaran.parallel.world import World
 from trimaran.report import say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.loop import Run
@@ -145,10 +146,10 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
     return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
 
 
-def objective_of(settings: TrainSettings, model: HybridModel) -> Pretraining:
+def objective_of(settings: TrainSettings, model: HybridModel, world: World | None = None) -> Pretraining:
     """The next token and those after it, weighed as a recipe says."""
     chosen = settings.model_dump(include={"mtp_scale", "mtp_every", "aux_loss", "router_bias_rate"})
-    return Pretraining(model, **chosen)
+    return Pretraining(model, world=world, **chosen)
 
 
 def optimizer_of(settings: TrainSettings, model: HybridModel) -> torch.optim.Optimizer:

@@ -1,0 +1,60 @@
+"""FSDP2 over a model: each process keeps a part of every weight, gradient and optimizer state.
+
+Three kinds of parameters, by who holds the rest of them:
+
+    whole     not cut by tp: over fsdp x cp x tp; every rank's gradient is a part of the sum
+    cut       cut by tp: over fsdp x cp
+    experts   dealt out by ep: over efsdp
+
+and for each `replicate` copies. One unit per block, so that no more than one or two blocks' weights are gathered at
+once; embedding, head and final norm are the root's, gathered for the whole of a step: the loss differentiates the
+head inside its own forward. Gradients are summed, never averaged: every rank's loss is its part of one sum.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from trimaran.model.hybrid import HybridModel
+from trimaran.parallel.world import World
+
+
+def mesh_of(world: World, axis: str) -> DeviceMesh:
+    """The mesh to shard over along `axis`, copies included where there are any."""
+    return world.mesh("replicate", axis) if world.settings.replicate > 1 else world.mesh(axis)
+
+
+def shard(model: HybridModel, world: World) -> None:
+    """Shards all parameters of `model` in place."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    units: list[nn.Module] = list(model.backbone.layers)
+    if model.mtp is not None:
+        units.append(model.mtp)  # one unit: it reads its first block's norms and map outside of that block's forward
+    for unit in units:
+        unite(unit, mesh_of(world, "whole"))
+    unite(model, mesh_of(world, "whole"), reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def unite(module: nn.Module | list[nn.Module], mesh: DeviceMesh, **settings: Any) -> None:
+    """One unit of what `module` holds and no unit inside it does."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    fully_shard(module, mesh=mesh, **settings)
+    state = module[0] if isinstance(module, list) else module
+    assert isinstance(state, FSDPModule)
+    state.set_gradient_divide_factor(1.0)
+    state.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def synchronise(model: nn.Module, last: bool, world: World) -> None:
+    """Before a part's forward: gradients travel behind the last part alone, the sums of the others stay here."""
+    if world.alone:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)

@@ -1,0 +1,168 @@
+"""The processes of a run: where this one stands on each axis, and the groups it talks to.
+
+Ranks count through (pp, replicate, fsdp, cp, tp), tp fastest, so that what talks most lies closest together. An axis
+that several parts of the model see in different ways is a mesh of the same ranks with other borders:
+
+    cut       fsdp x cp            shards of what tp has cut already
+    whole     fsdp x cp x tp       shards of what tp leaves whole; each rank's gradient is a part of the sum
+    efsdp     fsdp x cp x tp / ep  shards of the experts that ep has dealt out
+    row       cp x tp              who holds the pieces of one row
+    data      all but pp           whose losses and loads add up
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trimaran.errors import Refusal
+from trimaran.parallel.settings import ParallelSettings
+
+
+class Rows(Protocol):
+    """Streams [B, T] of a step, of which rows and stretches of the tokens can be taken."""
+
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    def rows(self, start: int, stop: int) -> Self: ...
+    def columns(self, start: int, stop: int) -> Self: ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
+@dataclass(frozen=True)
+class World:
+    """The layout and this process's place in it. Without settings: one process, which needs no process group.
+
+    meshes: name of a mesh -> torch's mesh of it; none of one process.
+    """
+
+    settings: ParallelSettings = field(default_factory=ParallelSettings)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    meshes: dict[str, DeviceMesh] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> bool:
+        """One process and no process group."""
+        return not self.meshes
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """Coordinate on each axis: pp, replicate, fsdp, cp, tp; and ep, row (of `settings.rows`)."""
+        s, rest, found = self.settings, self.rank, {}
+        for axis, size in (("tp", s.tp), ("cp", s.cp), ("fsdp", s.fsdp), ("replicate", s.replicate), ("pp", s.pp)):
+            rest, found[axis] = divmod(rest, size)
+        found["ep"] = self.rank % s.ep
+        found["row"] = found["replicate"] * s.fsdp + found["fsdp"]
+        return found
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one on `axis` alone: an axis, or a name of the table above."""
+        mesh = self.meshes[MESH_OF[axis]]
+        return mesh.get_group(axis)
+
+    def share(self, streams: R) -> R:
+        """This process's part of a whole step: its rows, and under cp its piece of them.
+
+        Raises Refusal for a step that does not divide.
+        """
+        s, (rows, length) = self.settings, streams.tokens_BT.shape
+        if rows % s.rows:
+            found = f"a step of {rows} rows for replicate {s.replicate} x fsdp {s.fsdp}"
+            step = "change train.batch_size or the sizes under [parallel]"
+            raise Refusal(found, f"a multiple of {s.rows} rows", step)
+        if length % (s.cp * s.tp):
+            found = f"rows of {length} tokens for cp {s.cp} x tp {s.tp}"
+            step = "change data.sequence_length or the sizes under [parallel]"
+            raise Refusal(found, f"a multiple of {s.cp * s.tp} tokens", step)
+        if s.rows > 1:
+            count = rows // s.rows
+            streams = streams.rows(self.place["row"] * count, (self.place["row"] + 1) * count)
+        if s.cp > 1:
+            count = length // s.cp
+            streams = streams.columns(self.place["cp"] * count, (self.place["cp"] + 1) * count)
+        return streams
+
+    def sum(self, x: Tensor, axis: str = "data") -> Tensor:
+        """The sum over all processes that differ on `axis`, without gradient; x itself where there is one."""
+        if self.alone:
+            return x
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.group(axis))
+        return x
+
+    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers of which every process has a part: their sums over all of them, in one exchange."""
+        if self.alone:
+            return dict(values)
+        summed = torch.stack([value.detach().float() for value in values.values()])
+        dist.all_reduce(summed)
+        return dict(zip(values, summed.unbind()))
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of what all processes hold between them, from the norm of what this one holds.
+
+        `replicate` processes hold the same, everything else is held once.
+        """
+        if self.alone:
+            return own
+        squared = own.square()
+        dist.all_reduce(squared)
+        return (squared / self.settings.replicate).sqrt()
+
+    def mesh(self, *axes: str) -> DeviceMesh:
+        """torch's mesh over one axis or two of one table row, such as ("replicate", "cut")."""
+        return self.meshes[MESH_OF[axes[-1]]][axes if len(axes) > 1 else axes[0]]
+
+
+# axis -> the mesh it is an axis of; "replicate" is taken from whichever mesh its partner is in
+MESH_OF = dict.fromkeys(("pp", "replicate", "fsdp", "cp", "tp"), "axes") | {
+    "cut": "cut",
+    "whole": "whole",
+    "efsdp": "experts",
+    "ep": "experts",
+    "row": "row",
+    "data": "data",
+}
+
+
+def join(settings: ParallelSettings, device: torch.device) -> World:
+    """This process's place in the layout. Needs torch.distributed to be initialised unless all axes are 1.
+
+    Raises Refusal where the number of processes is another than the layout has.
+    """
+    running = dist.get_world_size() if dist.is_initialized() else 1
+    if running != settings.world:
+        s = settings
+        found = f"{running} processes for pp {s.pp} x replicate {s.replicate} x fsdp {s.fsdp} x cp {s.cp} x tp {s.tp}"
+        step = f"start with torchrun --nproc-per-node {settings.world}, or change the sizes under [parallel]"
+        raise Refusal(found, f"{settings.world} processes", step)
+    if running == 1:
+        return World(settings, device)
+    s = settings
+    outer = {"pp": s.pp, "replicate": s.replicate}
+    shapes: dict[str, dict[str, int]] = {
+        "axes": {**outer, "fsdp": s.fsdp, "cp": s.cp, "tp": s.tp},
+        "cut": {**outer, "cut": s.fsdp * s.cp, "tp": s.tp},
+        "whole": {**outer, "whole": s.shards},
+        "experts": {**outer, "efsdp": s.shards // s.ep, "ep": s.ep},
+        "row": {**outer, "fsdp": s.fsdp, "row": s.cp * s.tp},
+        "data": {"pp": s.pp, "data": s.replicate * s.shards},
+    }
+    meshes = {
+        name: init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        for name, shape in shapes.items()
+    }
+    return World(settings, device, dist.get_rank(), meshes)
