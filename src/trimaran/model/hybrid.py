@@ -21,6 +21,7 @@ from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHe
 from trimaran.model.mamba import Mamba
 from trimaran.model.moe import MoE, Router
 from trimaran.model.norm import GatedRMSNorm, RMSNorm
+from trimaran.model.recompute import again
 from trimaran.model.scale import Scale
 from trimaran.model.sphere import project, step_on_sphere
 from trimaran.model.state import StackMemory, State
@@ -33,6 +34,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, letter: str):
         super().__init__()
         self.letter = letter
+        self.recomputed = False  # see recompute.py
         self.norm, self.alpha = None, None
         if config.residual == "ngpt":
             self.alpha = Scale(config.hidden_size, 0.05, config.hidden_size**-0.5)
@@ -49,6 +51,13 @@ class Block(nn.Module):
             self.mixer = FeedForward(config, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
+        # A state would move on a second time.
+        if self.recomputed and self.training and torch.is_grad_enabled() and state is None:
+            return again(self.step, self.mixer, x_BTD, layout, state, keys)
+        return self.step(x_BTD, layout, state, keys)
+
+    def step(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
+        """The block's work."""
         if self.alpha is not None:
             return step_on_sphere(x_BTD, self.mix(x_BTD, layout, state, keys), self.alpha)
         assert self.norm is not None
@@ -171,6 +180,21 @@ class HybridModel(nn.Module):
         if state is not None:
             state.advance(layout, doc_ids)
         return layout.restore(self.backbone.norm_f(x_BTD))
+
+    def recompute(self, letters: str) -> list[str]:
+        """Lets training passes run the blocks of these letters twice instead of keeping their activations.
+
+        The draft block's are among them. Returns the blocks' names; raises Refusal for a letter the pattern lacks.
+        """
+        present = self.config.pattern + self.config.mtp_pattern
+        absent = [letter for letter in letters if letter not in present]
+        if absent:
+            found = f"recompute {letters!r}, and no block is {absent[0]!r}"
+            raise Refusal(found, f"letters of {''.join(dict.fromkeys(present))!r}", f"remove {absent[0]!r}")
+        blocks = {name: module for name, module in self.named_modules() if isinstance(module, Block)}
+        for block in blocks.values():
+            block.recomputed = block.letter in letters
+        return [name for name, block in blocks.items() if block.recomputed]
 
     def new_state(self, batch: int, device: torch.device | None = None) -> State:
         """An empty state for `batch` rows."""

@@ -86,6 +86,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.recompute(self.settings.recompute)
 
     @property
     def checkpoints(self) -> Path:

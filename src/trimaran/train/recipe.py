@@ -10,7 +10,7 @@ from trimaran import config
 from trimaran.config import Settings
 from trimaran.data.mixture import Mixture
 from trimaran.errors import Refusal
-from trimaran.model.config import ModelConfig
+from trimaran.model.config import LETTERS, ModelConfig
 from trimaran.model.presets import preset, sized
 from trimaran.model.size import ShapeOnly
 from trimaran.train.schedule import Schedule
@@ -117,6 +117,7 @@ class TrainSettings(Settings):
     clip: float | None = Field(1.0, gt=0)  # "none": gradients as they are
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 weights
     device: str = "cpu"
+    recompute: str = ""  # pattern letters whose blocks keep no activations and run again for the gradient
     router_bias_rate: float = Field(1e-3, ge=0)
     aux_loss: float = Field(1e-4, ge=0)
     mtp_scale: float = Field(0.3, ge=0)
@@ -128,6 +129,10 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainSettings":
+        for letter in self.recompute:
+            if letter not in LETTERS:
+                found = f"train.recompute = {self.recompute!r}"
+                raise Refusal(found, f"letters of {''.join(LETTERS)!r}", f"remove {letter!r}")
         if self.warmup + self.decay > 1:
             found = f"warmup {self.warmup} + decay {self.decay}"
             raise Refusal(found, "at most 1, as shares of the steps", "lower one of them")
@@ -173,7 +178,7 @@ class PretrainRecipe(Settings):
 
 # Changing these changes neither the weights nor the order of the data: what paths hold is checked by digests.
 PLACES = ("run", "data.path", "data.sources", "data.held_out_path", "tokenizer.path", "train.device")
-FREE = (*PLACES, "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep")
+FREE = (*PLACES, "train.recompute", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep")
 
 
 def check_same(recipe: Settings, path: Path) -> None:
