@@ -1,8 +1,11 @@
 """Chunked cross-entropy against all logits at once."""
 
+import threading
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.ops.agree import DTYPES, LENGTHS, drawn, near
 from trimaran.model.linear import Embedding, Head, TiedHead
@@ -73,3 +76,65 @@ def test_frozen_head_passes_gradients_on():
     other = hidden.detach().requires_grad_()
     cross_entropy_reference(other, module, torch.arange(50), torch.ones(50)).backward()
     near(hidden.grad, other.grad, 1e-12)
+
+
+class Exchange:
+    """What threads tell each other: everybody's tensors, once all have come."""
+
+    def __init__(self, parts: int):
+        self.barrier, self.given = threading.Barrier(parts, timeout=20), [torch.empty(0)] * parts
+
+    def all(self, rank: int, x: Tensor) -> Tensor:
+        self.given[rank] = x
+        self.barrier.wait()
+        found = torch.stack(self.given)
+        self.barrier.wait()
+        return found
+
+
+@dataclass
+class Ids:
+    """A stretch of the vocabulary, held by one thread of several."""
+
+    first: int
+    last: int
+    rank: int
+    exchange: Exchange
+    parts: int
+
+    def largest(self, x: Tensor) -> Tensor:
+        return self.exchange.all(self.rank, x).amax(0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.exchange.all(self.rank, x).sum(0)
+
+
+@pytest.mark.parametrize("borders", [(0, 40, VOCAB), (0, 1, 60, VOCAB)])
+def test_parts_of_a_vocabulary_add_up_to_the_whole(borders):
+    generator = torch.Generator().manual_seed(0)
+    targets, weights = torch.randint(VOCAB, (50,), generator=generator), torch.rand(50, generator=generator)
+    module, weight = head("plain", torch.float64)
+    hidden = drawn(50, WIDTH, dtype=torch.float64, seed=2).detach().requires_grad_()
+    loss = 0.3 * cross_entropy(hidden, module, targets, weights, chunk=20)
+    truth = [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+    parts = len(borders) - 1
+    exchange, found = Exchange(parts), [[torch.empty(0)]] * parts
+
+    def work(rank: int) -> None:
+        first, last = borders[rank : rank + 2]
+        part = Head(WIDTH, last - first)
+        part.weight = nn.Parameter(weight.detach()[first:last].clone())
+        part.stretch = Ids(first, last, rank, exchange, parts)
+        own = hidden.detach().clone().requires_grad_()
+        loss = 0.3 * cross_entropy(own, part, targets, weights, chunk=20)
+        found[rank] = [loss.detach(), *torch.autograd.grad(loss, [own, part.weight])]
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(parts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    losses, hiddens, weights_of = zip(*found)
+    torch.testing.assert_close(sum(losses), truth[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(hiddens), truth[1], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(torch.cat(weights_of), truth[2], rtol=1e-11, atol=1e-13)

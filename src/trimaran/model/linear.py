@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trimaran.model.scale import Scale
 from trimaran.ops import experts
+from trimaran.ops.loss import Stretch
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -49,7 +50,9 @@ class StackedLinear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of W [vocab, D] per token."""
+    """A row of W [vocab, D] per token. `stretch`: the ids whose rows are here; None: all."""
+
+    stretch: Stretch | None = None
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()
@@ -65,7 +68,12 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """Hidden -> logits, held in at least fp32; `scaled` adds nGPT's factor per token of the vocabulary."""
+    """Hidden -> logits, held in at least fp32; `scaled` adds nGPT's factor per token of the vocabulary.
+
+    `stretch`: the ids whose logits come out; None: all.
+    """
+
+    stretch: Stretch | None = None
 
     def __init__(self, in_features: int, out_features: int, scaled: bool = False):
         super().__init__(in_features, out_features)
@@ -82,6 +90,11 @@ class TiedHead(nn.Module):
     def __init__(self, embeddings: Embedding):
         super().__init__()
         self.embeddings = embeddings
+
+    @property
+    def stretch(self) -> Stretch | None:
+        """The ids whose logits come out; None: all."""
+        return self.embeddings.stretch
 
     def forward(self, x: Tensor) -> Tensor:
         return at_least_fp32(self.embeddings.scores(x))

@@ -4,15 +4,32 @@ The gradient of a chunk is taken as soon as its loss is known, so that no more t
 nothing is computed twice. The gradient by the logits is written down, w (softmax - one-hot); `head` may be any module
 (plain, quantised, LoRA, tied): its parameters' gradients are found by autograd inside the chunk and added up in at
 least fp32.
+
+A head whose `stretch` is set has the logits of some ids alone; others have the rest. Then the largest logit, the sum of
+the exponentials and the target's logit are found between them, each returns an equal part of the loss, and the gradient
+by its own logits is that of the whole.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimaran.ops.numbers import at_least_fp32
+
+
+class Stretch(Protocol):
+    """The ids [first, last) of a vocabulary that `parts` processes hold between them."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    def largest(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor: ...
 
 
 def cross_entropy(
@@ -41,6 +58,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, chunk: int, *parameters: Tensor
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
+        stretch: Stretch | None = getattr(head, "stretch", None)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters if wanted]
@@ -49,7 +67,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 piece = hidden[part].detach().requires_grad_(wanted)
                 logits = at_least_fp32(head(piece))
-            loss, logits_grad = loss_and_gradient(logits.detach(), targets[part].clamp(min=0), weights[part])
+            given = logits.detach(), targets[part].clamp(min=0), weights[part]
+            loss, logits_grad = loss_and_gradient(*given) if stretch is None else part_of_loss(*given, stretch)
             total += loss
             if wanted:
                 piece_grad, *grads = torch.autograd.grad(logits, [piece, *parameters], logits_grad)
@@ -79,3 +98,18 @@ def loss_and_gradient(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -
     losses_M = logits_MV.amax(-1) - grad_MV.amax(-1).log() - logits_MV.gather(1, target_M1)[:, 0]
     grad_MV.scatter_add_(1, target_M1, torch.full_like(target_M1, -1, dtype=grad_MV.dtype)).mul_(weights_M[:, None])
     return (losses_M * weights_M).sum(), grad_MV
+
+
+def part_of_loss(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
+    """`loss_and_gradient` where these are the logits of a stretch: this process's part of the loss, the gradient of the
+    whole by its own logits."""
+    weights_M = weights_M.to(logits_MV.dtype)
+    own_M1 = ((targets_M >= stretch.first) & (targets_M < stretch.last))[:, None]
+    place_M1 = torch.where(own_M1, targets_M[:, None] - stretch.first, 0)
+    largest_M1 = stretch.largest(logits_MV.amax(-1, keepdim=True))
+    grad_MV = (logits_MV - largest_M1).exp_()
+    found_M2 = torch.cat([grad_MV.sum(-1, keepdim=True), logits_MV.gather(1, place_M1) * own_M1], 1)
+    sum_M1, target_M1 = stretch.sum(found_M2).split(1, 1)
+    losses_M = (largest_M1 + sum_M1.log() - target_M1)[:, 0]
+    grad_MV.div_(sum_M1).scatter_add_(1, place_M1, -own_M1.to(grad_MV.dtype)).mul_(weights_M[:, None])
+    return (losses_M * weights_M).sum() / stretch.parts, grad_MV

@@ -1,9 +1,12 @@
 """The one rewrite from a model on one process to this process's part of it."""
 
+from torch import nn
+
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.parallel.places import Cut, uncut
 from trimaran.parallel.shard import shard
+from trimaran.parallel.tensor import cut_layers
 from trimaran.parallel.world import World
 
 
@@ -16,5 +19,9 @@ def parallelize(model: HybridModel, world: World) -> dict[str, Cut]:
     if world.alone:
         raise Refusal("one process", "two or more", "leave [parallel] out")
     cuts = {name: uncut(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-    shard(model, world)
+    units: list[list[nn.Module]] = []
+    if world.settings.tp > 1:
+        cut, units = cut_layers(model, world)
+        cuts |= cut
+    shard(model, world, units)
     return cuts

@@ -11,12 +11,14 @@ once; embedding, head and final norm are the root's, gathered for the whole of a
 head inside its own forward. Gradients are summed, never averaged: every rank's loss is its part of one sum.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trimaran.model.hybrid import HybridModel
+from trimaran.model.moe import MoE
 from trimaran.parallel.world import World
 
 
@@ -25,25 +27,34 @@ def mesh_of(world: World, axis: str) -> DeviceMesh:
     return world.mesh("replicate", axis) if world.settings.replicate > 1 else world.mesh(axis)
 
 
-def shard(model: HybridModel, world: World) -> None:
-    """Shards all parameters of `model` in place."""
+def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ()) -> None:
+    """Shards all parameters of `model` in place. cut: the modules that tp has cut, by what is gathered at once."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
+    whole = mesh_of(world, "whole")
+    for modules in cut:
+        unite(modules, mesh_of(world, "cut"))
+    if world.settings.ep > 1:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                unite([module.experts], mesh_of(world, "efsdp"))
     units: list[nn.Module] = list(model.backbone.layers)
     if model.mtp is not None:
         units.append(model.mtp)  # one unit: it reads its first block's norms and map outside of that block's forward
+    if world.settings.tp > 1:
+        units.append(model.backbone.norm_f)  # embedding and head, the root's other parameters, are cut
     for unit in units:
-        unite(unit, mesh_of(world, "whole"))
-    unite(model, mesh_of(world, "whole"), reshard_after_forward=False)
+        unite([unit], whole)
+    unite([model], mesh_of(world, "cut") if world.settings.tp > 1 else whole, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
 
 
-def unite(module: nn.Module | list[nn.Module], mesh: DeviceMesh, **settings: Any) -> None:
-    """One unit of what `module` holds and no unit inside it does."""
+def unite(modules: list[nn.Module], mesh: DeviceMesh, **settings: Any) -> None:
+    """One unit of what `modules` hold and no unit inside them does."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    fully_shard(module, mesh=mesh, **settings)
-    state = module[0] if isinstance(module, list) else module
+    fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **settings)
+    state = modules[0]
     assert isinstance(state, FSDPModule)
     state.set_gradient_divide_factor(1.0)
     state.set_force_sum_reduction_for_comms(True)  # gloo has no other
