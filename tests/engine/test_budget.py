@@ -123,6 +123,27 @@ def test_a_tag_under_way_at_the_budget_is_finished_not_begun_again():
 PIECES = ["the", " boat", "\n", "a hull", "<", "</", "</think", "<think>", ">", "</think>", "<tool_call>", " b\n\n"]
 
 
+def closed_by(tokenizer: Tokenizer, tokens: list[int], opened: bool) -> int | None:
+    """The token that ends the thought of a script: the tag itself, or the last of those that spell it, which count as
+    thought until it is whole."""
+    guide = Thinking(tokenizer, None, opened=opened)
+    for token in tokens:
+        guide.push(token)
+        if guide.done:
+            return token
+    return None
+
+
+def opening_of(tokenizer: Tokenizer, said: list[int]) -> int:
+    """Tokens up to the opening tag, it included."""
+    text = b""
+    for place, token in enumerate(said):
+        text += tokenizer.token_bytes[token]
+        if b"<think>" in text:
+            return place + 1
+    raise AssertionError("nothing was opened")
+
+
 @settings(max_examples=150, deadline=None, database=None)
 @given(
     which=st.sampled_from(list(EITHER)),
@@ -150,13 +171,15 @@ def test_any_script(which, script, budget, grace, opened):
     before = Thinking(tokenizer, None, opened=opened)
     say(before, said[:first])
     assert budget <= before.count <= budget + grace and before.counter.inside
-    spelling = 0 if which == "reserved" else len("</think>")  # its own tokens count until it is whole
+    tag = ids_of(tokenizer, "</think>")
+    spelling = 0 if [closed_by(tokenizer, tokens, opened)] == tag else len("</think>")
     # A close that comes just at the budget is the very token that would be forced, which a script cannot leave out.
     assert not free.done or free.count + spelling >= budget
     if guide.done:
         assert tokenizer.decode(said[: last + 1]).endswith("</think>")
-        opening = len(ids_of(tokenizer, "<think>")) if "<think>" in script else 0
-        assert thought_of(tokenizer, said[: last + 1]) <= budget + grace + opening
+        begun = 0 if opened else opening_of(tokenizer, said)
+        again = len(ids_of(tokenizer, "<think>")) if opened and "<think>" in script else 0
+        assert thought_of(tokenizer, said[begun : last + 1]) <= budget + grace + again
 
 
 def test_a_tool_call_follows_the_close():

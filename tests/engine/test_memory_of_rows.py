@@ -29,10 +29,15 @@ def check_rows(engine: Engine) -> int:
         pairs = min(job.length, read.shape[1] - 1)
         layers = [(place, layer, 0) for place, layer in enumerate(state.layers) if hasattr(layer, "k")]
         if drafting:
-            assert job.sequence.mtp_length in (pairs, pairs - 1)  # one behind, where the cache was its last source
+            told = job.sequence.mtp_length + engine.drafter.behind(job)
+            assert told in (pairs, pairs - 1)  # one behind, where the cache was its last source
+            if engine.drafter.behind(job):
+                put_off = engine.drafter.waiting[job]
+                assert put_off.following == job.text[job.sequence.mtp_length + 1 : told + 1]
+                torch.testing.assert_close(put_off.hidden, hidden[0, job.sequence.mtp_length : told], **NEAR)
             model.mtp(hidden[:, :pairs], read[:, 1:], state=state.mtp)
             layers += [(place, layer, 1) for place, layer in enumerate(state.mtp.layers) if hasattr(layer, "k")]
-            if job.sequence.mtp_length < pairs:
+            if told < pairs:
                 torch.testing.assert_close(job.hidden, hidden[0, -1], **NEAR)
         places = torch.tensor([page * memory.page + row for page in job.sequence.pages for row in range(memory.page)])
         for number, (_, layer, shift) in enumerate(layers):

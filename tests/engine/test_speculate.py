@@ -218,6 +218,7 @@ def test_the_draft_block_remembers_what_the_trunk_said():
     lengths = ragged(2)
     for _ in range(4):
         loop.step(loop.drafts(lengths))
+    loop.drafter.settle(list(loop.live))
     before = {row: (loop.sequences[row].mtp_length, list(loop.texts[row])) for row in loop.live}
     drafts = loop.drafts(lambda: 5)
     assert before == {row: (loop.sequences[row].mtp_length, loop.texts[row]) for row in loop.live}
@@ -249,7 +250,9 @@ def test_a_pair_without_a_page_waits():
     assert memory.reserve(sequence, 4) and memory.reserve(other, 1)
     hidden = model.hidden(torch.tensor([text[:4]]), state=memory.view([Segment(sequence, 4)]))[0]
     drafter.observe([Reading("row", sequence, hidden, text[1:])])
-    assert sequence.mtp_length == 3 and len(sequence.pages) == 1
+    assert sequence.mtp_length == 0 and drafter.behind("row") == 4  # read when somebody needs it
+    drafter.settle(["row"])
+    assert sequence.mtp_length == 3 and drafter.behind("row") == 1 and len(sequence.pages) == 1
     memory.close(other)
     assert memory.reserve(sequence, 3)
     row = open_rows(model.config, [text], [Sampling(temperature=0)], None)[0]

@@ -269,19 +269,24 @@ class Engine:
     def remember(self, shares: list[Share], hidden_ND: Tensor) -> None:
         """Tells the drafter what has been read for good, and the cache what is worth keeping."""
         if self.drafter is not None and self.drafter.needs_hidden:
-            self.drafter.observe([reading(share, hidden_ND) for share in shares])
+            self.drafter.observe([reading(share, hidden_ND, self.drafter.behind(share.job)) for share in shares])
             newest_SD = hidden_ND[[share.start + share.kept - 1 for share in shares]]
             for share, newest_D in zip(shares, newest_SD.unbind(0), strict=True):
                 share.job.hidden = newest_D
         if self.cache is None:
             return
-        for share in shares:
-            job = share.job
+        kept = [share.job for share in shares if self.worth_keeping(share.job)]
+        if self.drafter is not None:
+            self.drafter.settle(kept)
+        for job in kept:
             assert job.sequence is not None
-            # Where no state has to be kept, a prompt is known as soon as it is read, and an answer when it ends.
-            whole = job.length == len(job.request.prompt) and not self.cache.sparse
-            if whole or job.length in job.stops or job.row.output.finish is not None:
-                self.cache.remember(job.text, job.sequence, job.hidden)
+            self.cache.remember(job.text, job.sequence, job.hidden)
+
+    def worth_keeping(self, job: Job) -> bool:
+        """Whether the cache takes what a text has read: where its reading pauses for that, and when it ends. Where no
+        state has to be kept, a prompt is known as soon as it is read."""
+        whole = job.length == len(job.request.prompt) and self.cache is not None and not self.cache.sparse
+        return whole or job.length in job.stops or job.row.output.finish is not None
 
     def leave(self, pieces: list[Piece]) -> None:
         """Texts that have ended give back what they held; a request one of whose samples failed ends with it."""
@@ -380,13 +385,13 @@ class Engine:
         )
 
 
-def reading(share: Share, hidden_ND: Tensor) -> Reading:
-    """What a share's text has read for good since the draft block last looked."""
+def reading(share: Share, hidden_ND: Tensor, behind: int) -> Reading:
+    """What a share's text has read for good since the drafter was last told; `behind`: what it has put off of that."""
     job, sequence = share.job, share.job.sequence
     assert sequence is not None
-    hidden_MD = hidden_ND[share.start : share.start + share.kept]
-    if sequence.mtp_length < share.begin:  # taken up from the cache, which kept the hidden vector before that place
-        assert job.hidden is not None and sequence.mtp_length == share.begin - 1
+    hidden_MD, told = hidden_ND[share.start : share.start + share.kept], sequence.mtp_length + behind
+    if told < share.begin:  # taken up from the cache, which kept the hidden vector before that place
+        assert job.hidden is not None and told == share.begin - 1
         hidden_MD = torch.cat([job.hidden[None], hidden_MD])
-    following = job.text[sequence.mtp_length + 1 : share.begin + share.kept + 1]
+    following = job.text[told + 1 : share.begin + share.kept + 1]
     return Reading(job, sequence, hidden_MD, following)

@@ -211,6 +211,8 @@ class Scheduler:
         shares.pop(job, None)
         job.reread = job.length
         if self.cache is not None and job.length:
+            if self.drafter is not None:
+                self.drafter.settle([job])
             self.cache.remember(job.text, job.sequence, job.hidden)
         self.release(job)
         self.preemptions += 1
@@ -243,6 +245,8 @@ class Scheduler:
     def fork(self, job: Job) -> list[Job]:
         """The samples that go on from where `job` has just read their prompt. The others will read it themselves."""
         forked = []
+        if job.samples and self.drafter is not None:
+            self.drafter.settle([job])
         for sample in job.samples:
             sample.leader = None
             sample.sequence = self.twin(job)

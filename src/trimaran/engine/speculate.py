@@ -56,7 +56,8 @@ class DraftLength:
 @dataclass(frozen=True)
 class Reading:
     """What the trunk has just read of a row, for good: its hidden vectors [M, D] (after the final norm) of M tokens,
-    and for each of them the token that follows it. Consecutive over the calls; the first is at `mtp_length`."""
+    and for each of them the token that follows it. Consecutive over the calls; the first is at `mtp_length`, or behind
+    what the drafter has taken and not read yet."""
 
     row: Hashable
     sequence: pages.Sequence
@@ -95,6 +96,12 @@ class Drafter(Protocol):
 
     def observe(self, readings: Sequence[Reading]) -> None:
         """Takes what the trunk read in a pass, prompts included, without what a verification took back."""
+
+    def behind(self, row: Hashable) -> int:
+        """How many pairs of a row it has taken and not read yet."""
+
+    def settle(self, rows: Sequence[Hashable]) -> None:
+        """Reads what it has put off of these rows, before their memory is copied or kept."""
 
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
         """A draft for each row, of `need.count` tokens or fewer."""
@@ -166,35 +173,57 @@ class Pairs:
 class MTP:
     """The model's draft block, one set of weights for every depth.
 
-    Pairs (hidden vector, token after it) are read as soon as the trunk has made them, with the trunk's hidden vectors
-    also at places that were drafted before; what drafting itself reads is taken back. laws: keeps the laws that
-    `rejection` needs.
+    Pairs (hidden vector, token after it) are read with the trunk's hidden vectors also at places that were drafted
+    before; what drafting itself reads is taken back. A prompt's pairs are read at once; those of what is said wait
+    until a draft needs them, so that a row for which nothing is drafted costs next to nothing. laws: keeps the laws
+    that `rejection` needs.
     """
 
     needs_hidden = True
+    MOST_WAITING = 64  # pairs of a row
 
     def __init__(self, model: HybridModel, memory: Memory, *, spelled: int | None = None, laws: bool = False):
         if model.mtp is None:
             raise ValueError("the model has no draft block (MTP)")
         self.model, self.mtp, self.memory, self.spelled, self.laws = model, model.mtp, memory, spelled, laws
         self.after: dict[Hashable, Tensor] = {}  # the block's output [D] at each row's newest pair
-        self.waiting: dict[Hashable, Pairs] = {}  # the newest pair of rows that had no page for it
+        self.waiting: dict[Hashable, Pairs] = {}  # pairs that were put off, or that had no page
 
     @torch.inference_mode()
     def observe(self, readings: Sequence[Reading]) -> None:
-        due = []
+        many = []
         for reading in readings:
+            self.after.pop(reading.row, None)
             pairs = Pairs(reading.row, reading.sequence, reading.hidden, list(reading.following))
             earlier = self.waiting.pop(reading.row, None)
             if earlier is not None:
                 pairs.hidden = torch.cat([earlier.hidden, pairs.hidden])
                 pairs.following = earlier.following + pairs.following
-            # The newest pair lies at the place of a token that the trunk has not read, in a page of its own at times.
-            if pairs.following and not self.memory.reserve(reading.sequence, 1):
-                pairs, self.waiting[reading.row] = pairs.split(len(pairs.following) - 1)
-                self.after.pop(reading.row, None)
-            due.append(pairs)
-        self.read([pairs for pairs in due if pairs.following])
+            if len(pairs.following) > self.MOST_WAITING:
+                many.append(pairs)
+            else:
+                pairs.hidden = pairs.hidden.clone() if earlier is None else pairs.hidden  # a view holds on to the pass
+                self.waiting[reading.row] = pairs
+        self.catch_up(many)
+
+    def behind(self, row: Hashable) -> int:
+        return len(self.waiting[row].following) if row in self.waiting else 0
+
+    @torch.inference_mode()
+    def settle(self, rows: Sequence[Hashable]) -> None:
+        self.catch_up([self.waiting.pop(row) for row in rows if row in self.waiting])
+
+    def catch_up(self, due: Sequence[Pairs]) -> None:
+        """Reads pairs, all but a row's newest where that has no page: it lies at the place of a token that the trunk
+        has not read, which is in a page of its own at times."""
+        fitting = []
+        for pairs in due:
+            if not self.memory.reserve(pairs.sequence, 1):
+                pairs, self.waiting[pairs.row] = pairs.split(len(pairs.following) - 1)
+            fitting.append(pairs)
+        self.read([pairs for pairs in fitting if pairs.following])
+        for row in self.waiting.keys() & {pairs.row for pairs in due}:
+            self.after.pop(row, None)
 
     def read(self, due: Sequence[Pairs]) -> None:
         """One pass of the draft block over pairs of the trunk's making."""
@@ -273,6 +302,12 @@ class SmallModel:
 
     def observe(self, readings: Sequence[Reading]) -> None:
         """Nothing: it reads the texts themselves."""
+
+    def behind(self, row: Hashable) -> int:
+        return 0
+
+    def settle(self, rows: Sequence[Hashable]) -> None:
+        """Nothing: its memory is its own."""
 
     @torch.no_grad()
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
@@ -365,6 +400,12 @@ class LookUp:
 
     def observe(self, readings: Sequence[Reading]) -> None:
         """Nothing: texts are looked at when they are due a draft."""
+
+    def behind(self, row: Hashable) -> int:
+        return 0
+
+    def settle(self, rows: Sequence[Hashable]) -> None:
+        """Nothing: it has no memory in the model's."""
 
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
         return [Draft(self.continuation(need)) for need in needs]
