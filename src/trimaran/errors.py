@@ -29,6 +29,9 @@ class Refusal(ValueError):
         self.found, self.allowed, self.next_step = found, allowed, next_step
         super().__init__(f"{found}; allowed: {allowed}; next: {next_step}")
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.found, self.allowed, self.next_step)  # the way from one process to another
+
 
 def nearest_first(name: str, allowed: Iterable[str]) -> list[str]:
     """The allowed names, the ones most like `name` first."""

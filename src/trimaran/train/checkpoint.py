@@ -7,13 +7,14 @@
     checkpoints/LATEST      the name of the newest; resuming starts from it, and editing it rolls a run back
 
 A checkpoint is written into a folder of another name, synced and renamed; then LATEST is replaced. Killed at any point,
-the run finds the previous one. Nothing is pickled.
+the run finds the previous one. Nothing is pickled. What a run on several processes writes is in `sharded`; either kind
+of run goes on from either kind of checkpoint.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from trimaran.model import adapter, hub
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.lora import adapted
+from trimaran.parallel.world import World
 from trimaran.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2  # of one process, of several
 LATEST, TRAINING, MANIFEST = "LATEST", "training.safetensors", "checkpoint.json"
 STAGING, DISCARDED = ".saving-", ".discarded-"
 
@@ -67,20 +69,27 @@ def save(
             if tokenizer is not None:
                 tokenizer.save(stage)
             save_tensors(training_state(model, optimizer), stage / TRAINING)
-            write_manifest(stage, step, model.config, position)
-            for path in (*stage.iterdir(), stage):
+            write_manifest(stage, FORMAT, step, model.config, position, measured(stage.iterdir()))
+            for path in stage.iterdir():
                 sync(path)
-            discard(target)
-            stage.rename(target)
-            sync(folder)
-            point(folder, target.name)
+            commit(stage, target, keep=keep)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+    return target
+
+
+def commit(stage: Path, target: Path, *, keep: int) -> None:
+    """Makes the synced files in `stage` the newest checkpoint, and removes all but the newest `keep`."""
+    folder, step = target.parent, int(target.name.removeprefix("step-"))
+    sync(stage)
+    discard(target)
+    stage.rename(target)
+    sync(folder)
+    point(folder, target.name)
     kept = [other for other in steps_in(folder) if other <= step][-keep:]
     for other in steps_in(folder):
         if other not in kept:  # too old, or of a time before a roll-back
             discard(folder / f"step-{other}")
-    return target
 
 
 def restore(
@@ -102,13 +111,22 @@ def restore(
             tell(f"{damaged[-1]}; going back to the checkpoint before it")
             continue
         check_model(path, manifest["model"], model.config)
-        load_model(path, model)
-        load_training(load_file(path / TRAINING), model, optimizer)
+        if manifest["format"] == SHARDED:
+            from trimaran.train import sharded  # here: importing DCP takes a second
+
+            sharded.load(path, manifest, model, optimizer, World(), {})
+        else:
+            load_model(path, model)
+            load_training(load_file(path / TRAINING), model, optimizer)
         return Saved(manifest["step"], manifest["position"])
     if damaged:
-        found = f"no usable checkpoint in {folder} ({damaged[0]})"
-        raise Refusal(found, "at least one whole checkpoint", f"delete {folder} to begin the run again")
+        raise unusable(folder, damaged)
     return None
+
+
+def unusable(folder: Path, damaged: Sequence[str]) -> Refusal:
+    found = f"no usable checkpoint in {folder} ({damaged[0]})"
+    return Refusal(found, "at least one whole checkpoint", f"delete {folder} to begin the run again")
 
 
 def tidy(folder: Path) -> None:
@@ -159,23 +177,35 @@ def discard(path: Path) -> None:
 # the manifest
 
 
-def write_manifest(stage: Path, step: int, model: ModelConfig, position: Mapping[str, Any]) -> None:
-    files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(stage.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "position": position, "model": model.model_dump(mode="json")}
+Measured = Mapping[str, Sequence[int]]  # file -> bytes, checksum
+
+
+def measured(files: Iterable[Path]) -> Measured:
+    return {path.name: [path.stat().st_size, checksum(path)] for path in sorted(files)}
+
+
+def write_manifest(
+    stage: Path, kind: int, step: int, model: ModelConfig, position: Mapping[str, Any], files: Measured
+) -> None:
+    manifest = {"format": kind, "step": step, "position": position, "model": model.model_dump(mode="json")}
     text = json.dumps(manifest | {"files": files}, indent=1)
     (stage / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def check(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """(manifest, "") of a whole checkpoint, (None, what is wrong) of a damaged one."""
+def check(path: Path, part: int = 0, parts: int = 1) -> tuple[dict[str, Any] | None, str]:
+    """(manifest, "") of a whole checkpoint, (None, what is wrong) of a damaged one.
+
+    Every file is read. parts: processes that share in that; `part` is this one.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = [*manifest["files"].items()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
         return None, f"{MANIFEST} cannot be read ({problem})"
-    if manifest["format"] != FORMAT:
-        raise Refusal(f"{path} has format {manifest['format']!r}", str(FORMAT), "resume with the version that wrote it")
-    for name, (size, expected) in files:
+    if manifest["format"] not in (FORMAT, SHARDED):
+        told = f"{path} has format {manifest['format']!r}"
+        raise Refusal(told, f"{FORMAT}, {SHARDED}", "resume with the version that wrote it")
+    for name, (size, expected) in files[part::parts]:
         file = path / name
         found = file.stat().st_size if file.is_file() else -1
         if found != size:
