@@ -134,6 +134,7 @@ CONVERSIONS = {"merge": "trimaran.train.merge:main"}  # a switch of `convert` ->
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
+    "extend": Stage("trimaran.train.extend_recipe:ExtendRecipe", "trimaran.train.extend:main"),
     "sft": Stage("trimaran.train.sft_recipe:SftRecipe", "trimaran.train.sft:main"),
     "rl": Stage("trimaran.rl.recipe:RLRecipe", "trimaran.rl.main:main"),
     "mopd": Stage("trimaran.rl.mopd_recipe:MopdRecipe", "trimaran.rl.mopd:main"),

@@ -8,6 +8,7 @@ from trimaran.errors import Refusal
 from trimaran.tasks.arithmetic import Arithmetic, columns
 from trimaran.tasks.draw import HELD_OUT, drawn, split_of
 from trimaran.tasks.names import task
+from trimaran.tasks.recall import STATEMENT, Recall
 from trimaran.tasks.sorting import Sorting
 from trimaran.tasks.task import REWARD, Trace
 from trimaran.tasks.transforms import Transforms, apply
@@ -19,6 +20,7 @@ SETTINGS = [
     ("arithmetic", {"operations": "subtract", "terms": 6}),
     *(("transforms", settings) for settings in ({}, {"steps": 3, "thinking": True}, {"separator": "", "varied": True})),
     *(("sorting", settings) for settings in ({}, {"items": "words", "order": "both", "thinking": True}, {"length": 2})),
+    *(("recall", settings) for settings in ({}, {"varied": True}, {"facts": 2, "repeats": 0, "names": 2})),
 ]
 
 
@@ -142,3 +144,33 @@ def test_the_thought_is_no_answer():
         thought = f"{said['reasoning_content']}\n{said['content']}"
         inside = {"role": "assistant", "content": "", "reasoning_content": thought}
         assert of.score(Trace(prompt, (inside,)))[REWARD] == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"varied": True}, {"words": 900, "facts": 48, "repeats": 200}])
+def test_a_text_of_key_recall_holds_its_answer_once(settings):
+    task = Recall(**settings)
+    for number in range(30):
+        prompt = task.prompt(number)
+        *lines, asked = question(task, number).split("\n")
+        stated = dict(line.split(" = ") for line in lines if " = " in line)
+        key, value = asked.removesuffix(" ="), task.gold(prompt)[0]["content"]
+        assert lines.count(f"{key} = {value}") == 1 and stated[key] == value
+        assert sum(" = " in line for line in lines) == len(stated) + task.repeats
+        assert 2 <= len(stated) <= task.facts and (task.varied or len(stated) == task.facts)
+        assert 0 <= len(" ".join(lines).split()) + STATEMENT - task.words < 4
+        assert task.document(number) == f"{question(task, number)} {value}"
+    places = []
+    for number in range(30):
+        lines = question(task, number).split("\n")
+        key = lines.pop().removesuffix("=")
+        places.append([line.startswith(key) for line in lines].index(True) / len(lines))
+    assert min(places) < 0.3 and max(places) > 0.7, "a fact is as likely to be far away as near"
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"words": 50}, "words = 50; allowed: at least 51"), ({"facts": 9, "names": 8}, "2 to names = 8"),
+    ({"facts": 1}, "facts = 1"), ({"names": 49}, "names = 49"),
+])  # fmt: skip
+def test_settings_of_key_recall_that_cannot_be(settings, told):
+    with pytest.raises(Refusal, match=told):
+        Recall(**settings)

@@ -15,6 +15,7 @@ TASKS: dict[str, str] = {
     "gsm8k": "trimaran.tasks.gsm8k:Gsm8k",
     "gym": "trimaran.tasks.gym:Gym",
     "maths": "trimaran.tasks.maths:Maths",
+    "recall": "trimaran.tasks.recall:Recall",
     "sorting": "trimaran.tasks.sorting:Sorting",
     "transforms": "trimaran.tasks.transforms:Transforms",
 }

@@ -119,8 +119,9 @@ def find_tokenizer(recipe: PretrainRecipe, texts: Texts, folder: Path) -> Tokeni
     return tokenizer
 
 
-def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> Run:
-    """A run at its first step: model drawn from the seed, loader at the start. Raises Refusal for too little text."""
+def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train", model: HybridModel | None = None) -> Run:
+    """A run at its first step: `model`, or one drawn from the seed; the loader at the start. Raises Refusal for too
+    little text."""
     settings, data, config = recipe.train, recipe.data, prepared.config
     shape = {"sequence_length": data.sequence_length, "batch_size": settings.batch_size}
     loader = Loader(
@@ -141,7 +142,7 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train") -> R
     sizes = count(config)
     say(f"model: {config.pattern} with {sizes.total:,} parameters, {sizes.active:,} active per token")
     torch.manual_seed(recipe.seed)
-    model = build(config, place(settings.device), seed=recipe.seed)
+    model = model or build(config, place(settings.device), seed=recipe.seed)
     objective, optimizer = objective_of(settings, model), optimizer_of(settings, model)
     return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
 

@@ -1,13 +1,15 @@
 """`trimaran train` with a recipe of stage "pretrain": text in, a run folder out, the same command again resumes."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import say
 from trimaran.train.folder import absolute, carry_out, saved
 from trimaran.train.loop import Run
 from trimaran.train.prepare import Texts, begin, prepare
-from trimaran.train.recipe import PretrainRecipe
+from trimaran.train.recipe import DataSettings, PretrainRecipe
+
+D = TypeVar("D", bound=DataSettings)
 
 
 def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
@@ -30,10 +32,17 @@ def finish(run: Run) -> dict[str, Any]:
 
 def located(recipe: PretrainRecipe) -> PretrainRecipe:
     """The recipe with absolute paths, so that its copy in the run folder means the same from anywhere."""
-    data = recipe.data.replace(
-        path=absolute(recipe.data.path),
-        sources={name: absolute(path) for name, path in recipe.data.sources.items()},
-        held_out_path=absolute(recipe.data.held_out_path),
-    )
     tokenizer = recipe.tokenizer.replace(path=absolute(recipe.tokenizer.path))
-    return recipe.model_copy(update={"run": absolute(recipe.run), "data": data, "tokenizer": tokenizer})
+    changes = {"run": absolute(recipe.run), "data": located_data(recipe.data), "tokenizer": tokenizer}
+    return recipe.model_copy(update=changes)
+
+
+def located_data(data: D) -> D:
+    """The same for the paths of texts."""
+    return data.model_copy(
+        update={
+            "path": absolute(data.path),
+            "sources": {name: absolute(path) for name, path in data.sources.items()},
+            "held_out_path": absolute(data.held_out_path),
+        }
+    )
