@@ -6,7 +6,8 @@ no torch. The function is `main(target, overrides, *args, **flags) -> int | None
     target      the first word, a str; None for a verb that has no target
     overrides   the words of the form dotted.key=value, unparsed and in order, for `trimaran.config.load`
     *args       the other words, at most as many as the row names in `args`
-    **flags     one bool for each switch the row declares in `flags`
+    **flags     one bool for each switch the row declares in `flags`, one str or None for each of its `options`, with _
+                for - in their names
 
 What it returns is the exit code (None: 0). A `Refusal` (and a full disk) is told on one line and exits 2, Ctrl-C exits
 130, and any other exception is a bug and keeps its traceback.
@@ -27,8 +28,17 @@ from trimaran.errors import Refusal, nearest_first
 
 
 @dataclass(frozen=True)
+class Option:
+    """A flag with a value: what stands for the value in the help, and the help."""
+
+    value: str
+    help: str
+
+
+@dataclass(frozen=True)
 class Verb:
-    """One row of the command line. `flags` are switches with their help; a value is always an override."""
+    """One row of the command line. `flags` are switches with their help, `options` flags with a value; a value that is
+    a setting of a recipe is always an override."""
 
     function: str
     summary: str  # fits one line of --help
@@ -37,6 +47,7 @@ class Verb:
     target: str | None = None
     args: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,30 @@ VERBS: dict[str, Verb] = {
         examples=("trimaran show nano-3", "trimaran show runs/demo --json"),
         target="PRESET|SIZE|FOLDER",
         flags={"json": "Print one JSON document instead."},
+    ),
+    "plan": Verb(
+        "trimaran.plan.main:main",
+        "Find the fastest way to spread a model over devices.",
+        "Counts time and memory of every legal layout, shows the best, why the others fell out, and where time and "
+        "memory go. Nothing is allocated. For a recipe, sequence, batch and precision are its own.",
+        examples=(
+            "trimaran plan nano-3 --gpus 64 --hardware h100 --seq 8192 --tokens-per-step 25M",
+            'trimaran plan nano-3 --gpus 8 --given "fsdp=8,ep=8,micro_batch=4" --global-batch 512 --seq 4096',
+        ),
+        target="PRESET|SIZE|FOLDER|RECIPE",
+        flags={"json": "Print one JSON document instead."},
+        options={
+            "gpus": Option("N", "How many devices (8)."),
+            "hardware": Option("NAME", "a100, h100 (default), h200, b200, gb200, cpu, or a file of --measure."),
+            "seq": Option("N", "Tokens of a row (8192)."),
+            "global-batch": Option("N", "Rows of a step."),
+            "tokens-per-step": Option("N", "Tokens of a step instead (25M, published for Nemotron 3)."),
+            "precision": Option("NAME", "fp32, bf16 (default), fp8, nvfp4."),
+            "given": Option("SIZES", "Predict this layout alone, such as tp=2,fsdp=4,micro_batch=1."),
+            "measure": Option("FILE", "Measure this machine first, write FILE (JSON), and plan for it."),
+            "write": Option("FILE", "Write the best layout as sections of a recipe (TOML)."),
+            "picture": Option("FILE", "Draw time and memory of the best layouts (PNG)."),
+        },
     ),
     "chat": Verb(
         "trimaran.engine.chat:main",
@@ -182,7 +217,7 @@ def app() -> typer.Typer:
             help=f"{verb.summary}\n\n{verb.about}",
             short_help=verb.summary,
             epilog="\b\nExamples:\n  " + "\n  ".join(verb.examples),
-            options_metavar=" ".join(["[-h]", *(f"[--{flag}]" for flag in verb.flags)]),
+            options_metavar=" ".join(["[-h]", *(f"[--{flag}]" for flag in (*verb.options, *verb.flags))]),
         )(command(name, verb))
     return root
 
@@ -233,13 +268,16 @@ def command(name: str, verb: Verb) -> Callable[..., None]:
     for arg in verb.args:
         parameters.append(parameter(arg.lower(), str, typer.Argument(None, metavar=arg, hidden=True)))
     parameters.append(parameter("words", list[str], typer.Argument((), metavar="dotted.key=value", hidden=True)))
+    for flag, option in verb.options.items():
+        typed = typer.Option(None, f"--{flag}", metavar=option.value, help=option.help, show_default=False)
+        parameters.append(parameter(flag.replace("-", "_"), str, typed))
     for flag, text in verb.flags.items():
         parameters.append(parameter(flag, bool, typer.Option(False, f"--{flag}", help=text)))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
 
 
-def call(name: str, verb: Verb, words: list[str], literal: list[str], flags: Mapping[str, bool]) -> int:
+def call(name: str, verb: Verb, words: list[str], literal: list[str], flags: Mapping[str, Any]) -> int:
     """Sorts the words into target, overrides and the rest, and calls the verb's function."""
     from trimaran.config import OVERRIDE, imported
 
@@ -270,7 +308,17 @@ def train(target: str, overrides: list[str]) -> int | None:
         raise Refusal(f"{path} has no stage", ", ".join(STAGES), f'add stage = "{next(iter(STAGES))}" at its top')
     stage: Stage = config.named(str(tables["stage"]), STAGES, "stage")
     recipe = config.load(config.imported(stage.settings), path, overrides)
-    return config.imported(stage.main)(recipe)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = getattr(recipe, "parallel", None)
+    if parallel is None and processes > 1:
+        found = f"{processes} processes for stage {tables['stage']!r}"
+        raise Refusal(found, "one process: it has no table [parallel]", "start it without torchrun")
+    if parallel is None or parallel.world == processes == 1:
+        return config.imported(stage.main)(recipe)
+    words = ["train", target, *overrides]
+    return config.imported("trimaran.parallel.launch:carry_out")(
+        parallel, words, lambda: config.imported(stage.main)(recipe)
+    )
 
 
 def convert(target: str, overrides: list[str], out: str | None = None, **asked: bool) -> int | None:

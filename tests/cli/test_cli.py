@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trimaran import cli
-from trimaran.cli import STAGES, VERBS, Stage, Verb
+from trimaran.cli import STAGES, VERBS, Option, Stage, Verb
 from trimaran.errors import Refusal
 
 HEAVY = {"torch", "numpy", "transformers", "triton", "matplotlib", "tokenizers", "safetensors", "pydantic"}
@@ -101,6 +101,7 @@ def verbs(monkeypatch):
     rows = {
         "note": Verb(f"{__name__}:record", "Note.", "", ("", ""), "PLACE", ("WORD",), {"json": "As JSON."}),
         "alone": Verb(f"{__name__}:record", "Alone.", "", ("", "")),
+        "sized": Verb(f"{__name__}:record", "Sized.", "", ("", ""), options={"at-most": Option("N", "So many.")}),
         "refuses": Verb(f"{__name__}:refuses", "Refuse.", "", ("", "")),
         "breaks": Verb(f"{__name__}:breaks", "Break.", "", ("", "")),
         "interrupted": Verb(f"{__name__}:interrupted", "Stop.", "", ("", "")),
@@ -119,6 +120,8 @@ def verbs(monkeypatch):
         (["note", "here", "a=1", "--", "--json"], ("here", ["a=1"], ("--json",), {"json": False})),
         (["note", "here", "--", "a=1"], ("here", [], ("a=1",), {"json": False})),
         (["alone", "a=1"], (None, ["a=1"], (), {})),
+        (["sized"], (None, [], (), {"at_most": None})),
+        (["sized", "--at-most", "tp=2,pp=1", "a=1"], (None, ["a=1"], (), {"at_most": "tp=2,pp=1"})),
     ],
 )
 def test_words_are_sorted_by_their_shape(capsys, verbs, words, seen):
@@ -135,6 +138,7 @@ def test_words_are_sorted_by_their_shape(capsys, verbs, words, seen):
         (["note", "here", "one", "two"], "trimaran: 'two' after trimaran note; allowed: dotted.key=value or one WORD"),
         (["alone", "word"], "trimaran: 'word' after trimaran alone; allowed: dotted.key=value"),
         (["note", "here", "--jsn"], "--json"),
+        (["sized", "--at-most"], "--at-most"),
         (["refuses"], "trimaran: a red boat; allowed: a blue one; next: paint it\n"),
     ],
 )

@@ -50,7 +50,7 @@ def test_commands_in_a_page_exist(page):
         for name, words in re.findall(r"(?:^|[\s/])trimaran ([a-z][\w-]*)([^#|>&]*)", line):
             assert name in VERBS, f"{line!r} in {named(page)}: {name} is no verb"
             switches = set(re.findall(r"\s--([a-z][\w-]*)", words)) - {"help"}
-            assert switches <= set(VERBS[name].flags), f"{line!r} in {named(page)}"
+            assert switches <= {*VERBS[name].flags, *VERBS[name].options}, f"{line!r} in {named(page)}"
         for name in re.findall(r"^(?:\$ )?make ([a-z][\w-]*)", line):
             assert name in targets, f"{line!r} in {named(page)}: {name} is no target of the Makefile"
 
@@ -66,5 +66,5 @@ def test_every_verb_has_its_words_in_the_page_of_the_command_line():
     page = (ROOT / "docs" / "cli.md").read_text()
     for name, verb in VERBS.items():
         assert f"`trimaran {name}" in page
-        for flag in verb.flags:
+        for flag in (*verb.flags, *verb.options):
             assert f"--{flag}" in page

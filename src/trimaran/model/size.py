@@ -162,6 +162,7 @@ def groups(config: ModelConfig) -> Iterator[Group]:
 
 
 def block_groups(config: ModelConfig, letter: str, block: str, part: str) -> Iterator[Group]:
+    """The tensors of one layer: of the kind `letter`, named under `block`, counted as `part`."""
     own = "norm" if config.residual == "prenorm" else "alpha"
     yield Group(part, f"{block}.{own}.weight", (config.hidden_size,), product=False)
     if letter == "M":

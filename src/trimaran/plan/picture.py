@@ -1,0 +1,58 @@
+"""A plan as a picture: for the best layouts, bars of a step's time and of a device's memory by part."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimaran.errors import writing
+from trimaran.plan.show import MEMORY, TIME
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#2a6f97", "#89c2d9", "#d1603d", "#e9a178", "#5b8e55", "#a7c4a0", "#7d5ba6", "#c3b1d9", "#777777", "#bbbbbb")
+
+
+def picture(path: Path, content: dict[str, Any]) -> None:
+    """Writes the PNG whole or not at all. Raises Refusal when the disk is full or the folder may not be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed at the very end only
+    from matplotlib.figure import Figure
+
+    rows = [content, *content["alternatives"]]
+    figure = Figure(figsize=(10.5, 1.8 + 0.45 * len(rows)), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = canvas.figure.subplots(1, 2, sharey=True)
+    labels = [row["layout"]["words"].replace(" · ", ", ") for row in rows]
+    bars(left, labels, [time_of(row) for row in rows], TIME, "seconds a step")
+    sizes = [{key: value / 1e9 for key, value in row["memory"].items()} for row in rows]
+    bars(right, labels, sizes, MEMORY, "GB a device")
+    right.axvline(content["usable_bytes"] / 1e9, color="black", linewidth=1, linestyle=":")
+    left.invert_yaxis()
+    figure.suptitle(f"{content['model']} on {content['gpus']} x {content['hardware']}", x=0.02, ha="left", fontsize=11)
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+
+
+def time_of(row: dict[str, Any]) -> dict[str, float]:
+    """The parts as they lie end to end: what is hidden is taken off the messages, the largest first."""
+    parts, hidden = dict(row["time"]), -row["time"]["overlap"]
+    for key in sorted(("data", "tensor", "expert", "pipeline"), key=lambda key: -parts[key]):
+        taken = min(hidden, parts[key])
+        parts[key], hidden = parts[key] - taken, hidden - taken
+    return parts | {"overlap": 0.0}
+
+
+def bars(axes: "Axes", labels: list[str], rows: list[dict[str, float]], names: dict[str, str], unit: str) -> None:
+    """Stacked horizontal bars, one per layout."""
+    starts = [0.0] * len(rows)
+    for (key, name), colour in zip(names.items(), COLOURS):
+        lengths = [row[key] for row in rows]
+        if max(lengths) > 0:
+            axes.barh(labels, lengths, left=starts, color=colour, label=name, height=0.7)
+            starts = [start + length for start, length in zip(starts, lengths)]
+    axes.set_xlabel(unit)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
