@@ -17,6 +17,8 @@ class ParallelSettings(Settings):
     tp          parts in which layers are cut, along heads and widths; the residual stream is cut along the tokens
     ep          processes over which a layer's experts are spread
     pp          stages in which the stack of layers is cut; micro_batches go through them one behind the other
+
+    A process that waits for another one longer than `timeout` seconds gives up, and ends the run.
     """
 
     replicate: int = Field(1, gt=0)
@@ -26,6 +28,7 @@ class ParallelSettings(Settings):
     ep: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
     micro_batches: int = Field(0, ge=0)  # of a pipeline, per step; 0: two for every stage
+    timeout: float = Field(600, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "ParallelSettings":

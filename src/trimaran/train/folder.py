@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ from trimaran.config import Settings
 from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.size import count
+from trimaran.parallel.launch import in_turn
+from trimaran.parallel.world import World
 from trimaran.report import curve_png, environment, read_metrics, say, series
 from trimaran.train.adapters import end_adapters
 from trimaran.train.loop import Run, fit
@@ -30,31 +32,44 @@ class Recipe(Protocol):
     def train(self) -> TrainSettings: ...
 
 
-def carry_out(recipe: Settings, begin: Callable[[], Run], finish: Callable[[Run], dict[str, Any]] | None = None) -> int:
+def carry_out(
+    recipe: Settings,
+    begin: Callable[[], Run],
+    finish: Callable[[Run], dict[str, Any]] | None = None,
+    world: World | None = None,
+) -> int:
     """Carries out what is left of a recipe in its run folder; returns the exit code (see `loop.fit`).
 
     recipe: as `Recipe`, its paths absolute. begin: makes the run at its first step; a Refusal of it leaves no folder
-    behind. finish: writes the result once all steps are done, and returns it (`saved` where None).
+    behind. finish: writes the result once all steps are done, and returns it (`saved` where None). world: of the
+    processes that carry it out together, the first one keeps the folder.
     """
     place: Any = recipe
-    folder, steps = Path(place.run), place.train.steps
-    begun_before = (folder / RECIPE).is_file()
-    if begun_before:
-        check_same(recipe, folder / RECIPE)
-    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        raise Refusal(f"{folder} holds files but no {RECIPE}", "a new folder, or that of a run", "name another: run=…")
-    with locked(folder):
-        if finished(folder, steps):
+    folder, steps, world = Path(place.run), place.train.steps, world or World()
+    begun_before = in_turn(world, lambda: world.first and begun(recipe, folder))
+    with locked(folder) if world.first else nullcontext():
+        if in_turn(world, lambda: finished(folder, steps)):
             say(f"{folder} is finished after {steps} steps; continue a text: trimaran generate {folder}")
             return 0
-        with undone_on_refusal(folder, begun_before):
-            config.write(recipe, folder / RECIPE, "Every setting of this run. The same settings resume it.")
+        with undone_on_refusal(folder, begun_before) if world.first else nullcontext():
+            if world.first:
+                config.write(recipe, folder / RECIPE, "Every setting of this run. The same settings resume it.")
             run = begin()
         code = fit(run)
-        if code == 0:
+        if code == 0 and world.first:
             (finish or saved)(run)
             say(f"saved in {folder}; continue a text: trimaran generate {folder}")
     return code
+
+
+def begun(recipe: Settings, folder: Path) -> bool:
+    """Whether the folder holds this run already. Raises Refusal where it holds another one, or something else."""
+    if (folder / RECIPE).is_file():
+        check_same(recipe, folder / RECIPE)
+        return True
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        raise Refusal(f"{folder} holds files but no {RECIPE}", "a new folder, or that of a run", "name another: run=…")
+    return False
 
 
 def absolute(path: str | None) -> str | None:
@@ -106,13 +121,18 @@ def finished(folder: Path, steps: int) -> bool:
 
 def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Makes the run folder a hub folder, draws the curve and writes result.json, which it returns. Adapters are saved
-    by themselves, then merged.
+    by themselves, then merged. One process of the run does it.
 
     beside: what a stage has to add to the result.
     """
     folder = run.folder
     end_adapters(run.model, folder, config.read(folder / RECIPE).get("start"))
-    hub.save(run.model, folder)
+    if run.world.alone:
+        hub.save(run.model, folder)
+    else:
+        from trimaran.train import sharded  # here: importing DCP takes a second
+
+        sharded.export(run.checkpoints / f"step-{run.step}", run.model.config, folder, run.model.dtype)
     metrics = folder / "metrics.jsonl"
     curves = series(metrics, train="loss", **{"held out": "held_out_loss"})
     if curves:

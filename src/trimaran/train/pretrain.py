@@ -3,10 +3,11 @@
 from typing import Any, TypeVar
 
 from trimaran.ops.memory import keep_freed_memory
+from trimaran.parallel.launch import in_turn, joined
 from trimaran.report import say
 from trimaran.train.folder import absolute, carry_out, saved
 from trimaran.train.loop import Run
-from trimaran.train.prepare import Texts, begin, prepare
+from trimaran.train.prepare import Texts, begin, place, prepare
 from trimaran.train.recipe import DataSettings, PretrainRecipe
 
 D = TypeVar("D", bound=DataSettings)
@@ -20,7 +21,12 @@ def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
     """
     keep_freed_memory()  # worth a tenth of a small model's step; whoever calls this owns the process
     recipe = located(recipe)
-    return carry_out(recipe, lambda: begin(recipe, prepare(recipe, texts)), finish)
+    with joined(recipe.parallel, place(recipe.train.device)) as world:
+
+        def first_step() -> Run:
+            return begin(recipe, in_turn(world, lambda: prepare(recipe, texts)), world=world)
+
+        return carry_out(recipe, first_step, finish, world)
 
 
 def finish(run: Run) -> dict[str, Any]:

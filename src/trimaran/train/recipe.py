@@ -13,6 +13,7 @@ from trimaran.errors import Refusal
 from trimaran.model.config import LETTERS, ModelConfig
 from trimaran.model.presets import preset, sized
 from trimaran.model.size import ShapeOnly
+from trimaran.parallel.settings import ParallelSettings
 from trimaran.train.schedule import Schedule
 
 
@@ -159,6 +160,7 @@ class PretrainRecipe(Settings):
     model: Architecture
     data: DataSettings
     train: TrainSettings
+    parallel: ParallelSettings = ParallelSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -176,9 +178,13 @@ class PretrainRecipe(Settings):
         return tables
 
 
-# Changing these changes neither the weights nor the order of the data: what paths hold is checked by digests.
+# Changing these changes the order of the data not at all, and the weights in their last digits at most: what paths hold
+# is checked by digests.
 PLACES = ("run", "data.path", "data.sources", "data.held_out_path", "tokenizer.path", "train.device")
-FREE = (*PLACES, "train.recompute", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep")
+FREE = (
+    *(*PLACES, "parallel", "train.recompute"),
+    *("train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep"),
+)
 
 
 def check_same(recipe: Settings, path: Path) -> None:
