@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,19 @@ class Batch:
         """The tokens from `start` to `stop` of every row."""
         streams = (self.tokens_BT, self.targets_BT, self.doc_ids_BT, self.weights_BT)
         return Batch(*(stream[:, start:stop] for stream in streams))
+
+    def padded(self, multiple: int) -> "Batch":
+        """With rows of padding behind the others, up to the next multiple."""
+        missing = -len(self.tokens_BT) % multiple
+        if not missing:
+            return self
+        tokens, targets, doc_ids, weights = (
+            F.pad(stream, (0, 0, 0, missing), value=value)
+            for stream, value in (
+                (self.tokens_BT, 0),
+                (self.targets_BT, 0),
+                (self.doc_ids_BT, -1),
+                (self.weights_BT, 0),
+            )
+        )
+        return Batch(tokens, targets, doc_ids, weights)

@@ -72,14 +72,15 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         rows = rows_of(x)
-        out = torch.empty(rows.shape, dtype=dtype, device=x.device)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        out_MD = rows_of(out)
         scales = []
         for part in blocks(len(rows), rows.shape[1], x.device):
             piece = at_least_fp32(rows[part])
             scales.append(inverse_rms(piece, eps))
-            out[part] = (piece * scales[-1]).mul_(weight)
+            out_MD[part] = (piece * scales[-1]).mul_(weight)
         ctx.save_for_backward(x, weight, torch.cat(scales) if len(scales) > 1 else scales[0])
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

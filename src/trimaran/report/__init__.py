@@ -13,7 +13,17 @@ written here: the first failure is said, the rest is silence.
 from trimaran.report.curve import curve_png, curve_terminal
 from trimaran.report.environment import environment
 from trimaran.report.metrics import Metrics, read_metrics, series
-from trimaran.report.progress import Progress
+from trimaran.report.progress import Progress, Silence
 from trimaran.report.terminal import say
 
-__all__ = ["Metrics", "Progress", "curve_png", "curve_terminal", "environment", "read_metrics", "say", "series"]
+__all__ = [
+    "Metrics",
+    "Progress",
+    "Silence",
+    "curve_png",
+    "curve_terminal",
+    "environment",
+    "read_metrics",
+    "say",
+    "series",
+]

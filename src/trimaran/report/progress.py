@@ -193,3 +193,19 @@ class Progress:
             put(self._stream, text)
         except (OSError, ValueError):  # the terminal has gone away, or the stream was closed: training goes on
             self._stream = None
+
+
+class Silence:
+    """What stands in for `Progress` in a process whose work another one reports."""
+
+    def update(self, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def say(self, text: str = "") -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""

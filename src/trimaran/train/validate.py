@@ -10,6 +10,7 @@ import torch
 from trimaran.data.batch import Batch
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.loss import cross_entropy
+from trimaran.parallel.world import World
 
 
 class HeldOut(Protocol):
@@ -45,15 +46,21 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: HybridModel, windows: HeldOut | Sequence[HeldOut]) -> Score:
-    """Scores every held-out token once, in the model's own precision (no autocast), the draft block left out."""
+def evaluate(model: HybridModel, windows: HeldOut | Sequence[HeldOut], world: World | None = None) -> Score:
+    """Scores every held-out token once, in the model's own precision (no autocast), the draft block left out.
+
+    world: the processes that the model is spread over; each takes its share of every batch.
+    """
+    world = world or World()
     if isinstance(windows, Sequence):
-        scores = [evaluate(model, one) for one in windows]
+        scores = [evaluate(model, one, world) for one in windows]
         return sum(scores[1:], scores[0])
     was_training = model.training
     model.eval()
-    nats = sum(batch_nats(model, batch.to(model.device)) for batch in windows)
+    nats = sum(batch_nats(model, world.share(batch.padded(world.settings.rows)).to(model.device)) for batch in windows)
     model.train(was_training)
+    if not world.alone:
+        nats = float(world.sum(torch.tensor(nats, dtype=torch.float64, device=model.device)))
     return Score(nats, windows.tokens, windows.bytes)
 
 
