@@ -21,6 +21,8 @@ from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel, build
 from trimaran.model.presets import of_width
 from trimaran.model.size import count
+from trimaran.parallel.parallelize import parallelize
+from trimaran.parallel.places import Cut
 from trimaran.parallel.world import World
 from trimaran.report import say
 from trimaran.text.tokenizer import Tokenizer
@@ -119,9 +121,19 @@ def find_tokenizer(recipe: PretrainRecipe, texts: Texts, folder: Path) -> Tokeni
     return tokenizer
 
 
-def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train", model: HybridModel | None = None) -> Run:
+def begin(
+    recipe: PretrainRecipe,
+    prepared: Prepared,
+    label: str = "train",
+    model: HybridModel | None = None,
+    world: World | None = None,
+) -> Run:
     """A run at its first step: `model`, or one drawn from the seed; the loader at the start. Raises Refusal for too
-    little text."""
+    little text.
+
+    world: the processes that it is spread over; each gives the whole model, and keeps its part.
+    """
+    world = world or World(device=place(recipe.train.device))
     settings, data, config = recipe.train, recipe.data, prepared.config
     shape = {"sequence_length": data.sequence_length, "batch_size": settings.batch_size}
     loader = Loader(
@@ -142,9 +154,21 @@ def begin(recipe: PretrainRecipe, prepared: Prepared, label: str = "train", mode
     sizes = count(config)
     say(f"model: {config.pattern} with {sizes.total:,} parameters, {sizes.active:,} active per token")
     torch.manual_seed(recipe.seed)
-    model = model or build(config, place(settings.device), seed=recipe.seed)
-    objective, optimizer = objective_of(settings, model), optimizer_of(settings, model)
-    return Run(Path(recipe.run), settings, model, objective, optimizer, loader, held_out, prepared.tokenizer, label)
+    model = model or build(config, world.device, seed=recipe.seed)
+    cuts: Mapping[str, Cut] = {} if world.alone else parallelize(model, world)
+    return Run(
+        Path(recipe.run),
+        settings,
+        model,
+        objective_of(settings, model, world),
+        optimizer_of(settings, model),
+        loader,
+        held_out,
+        prepared.tokenizer,
+        label,
+        world=world,
+        cuts=cuts,
+    )
 
 
 def objective_of(settings: TrainSettings, model: HybridModel, world: World | None = None) -> Pretraining:
