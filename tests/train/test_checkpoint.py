@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import trimaran
+from tests.models import tiny
 from tests.train.runs import environment, read_recipe, write_recipe
 from trimaran.errors import Refusal
 from trimaran.train import checkpoint
@@ -75,6 +76,16 @@ def test_all_damaged_is_refused_and_not_begun_anew(copied):
         damage(copied / "run" / "checkpoints" / f"step-{step}" / "model.safetensors", "truncated")
     with pytest.raises(Refusal, match=r"no usable checkpoint .*step-12 is damaged.*bytes instead of"):
         fit(new_run(copied, keep=9))
+
+
+def test_a_model_whose_head_is_its_embedding_comes_back(tmp_path):
+    """Its checkpoint repeats the embedding as the head, for transformers."""
+    kept, other = (tiny("mamba", torch.float32, seed=seed, tie_embeddings=True) for seed in (0, 1))
+    optimizers = [torch.optim.SGD(model.parameters()) for model in (kept, other)]
+    checkpoint.save(tmp_path, 3, kept, optimizers[0], {"place": 7}, keep=1)
+    assert checkpoint.restore(tmp_path, other, optimizers[1], print) == checkpoint.Saved(3, {"place": 7})
+    pairs = zip(kept.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
 
 
 def test_latest_rolls_a_run_back(copied, done, capsys):

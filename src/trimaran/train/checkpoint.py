@@ -247,7 +247,7 @@ def load_model(path: Path, model: HybridModel) -> None:
         adapter.restore(model, path)
         return
     files = hub.weight_files(path)
-    wanted = {piece.hub_name: piece for piece in hub.all_pieces(model)}
+    wanted = {piece.hub_name: piece for piece in (*hub.all_pieces(model), *hub.repeated_head(model))}
     hub.check(path, wanted, hub.read_headers(files))
     hub.fill(model, wanted, files)
     model.version += 1
