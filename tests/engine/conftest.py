@@ -1,10 +1,13 @@
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models import tiny
+from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
 from trimaran.text.tokenizer import Tokenizer
 
@@ -51,3 +54,22 @@ def pattern_prompts(tokenizer: Tokenizer) -> Callable[[], list[list[int]]]:
     return lambda: [
         tokenizer.encode(text)[:n] for text, n in zip(patterns(6, seed=999), (40, 30, 21, 12, 11, 1), strict=True)
     ]
+
+
+@pytest.fixture(scope="session")
+def base_run(tmp_path_factory, copier, tokenizer) -> Path:
+    """A run folder as pretraining leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "base"
+    hub.save(copier, folder)
+    tokenizer.save(folder)
+    (folder / "recipe.toml").write_text('stage = "pretrain"\n')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_run(tmp_path_factory, base_run) -> Path:
+    """The same after a stage that teaches conversation."""
+    folder = tmp_path_factory.mktemp("runs") / "chat"
+    shutil.copytree(base_run, folder)
+    (folder / "recipe.toml").write_text('stage = "sft"\n')
+    return folder

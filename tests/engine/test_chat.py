@@ -13,7 +13,9 @@ import torch
 
 from tests.engine.test_verbs import own, pipe_in, read_until
 from tests.models import tiny
+from trimaran import config
 from trimaran.engine import chat
+from trimaran.errors import Refusal
 from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
 from trimaran.text.chat import encode_chat
@@ -76,12 +78,72 @@ def test_a_thought_that_takes_all_tokens_is_told(thinker, capsys, monkeypatch):
 
 def test_what_was_thought_and_said_is_remembered_apart(thinker, tokenizer):
     settings = chat.ChatSettings(temperature=0)
-    conversation = chat.Conversation(chat.open_folder(str(thinker), settings), settings)
+    conversation = chat.Conversation(chat.Speaker(chat.open_folder(str(thinker), settings), settings))
     conversation.turn("hull")
     answer = {"role": "assistant", "content": SAID, "reasoning_content": THOUGHT}
     assert conversation.messages == [{"role": "user", "content": "hull"}, answer]
     ids = encode_chat(tokenizer, conversation.messages).ids
     assert tokenizer.decode(ids).endswith(f"<think>\n{THOUGHT}\n</think>\n{SAID}<|im_end|>\n")
+
+
+def speaker(folder: Path, *words: str) -> chat.Speaker:
+    settings = config.load(chat.ChatSettings, None, ["temperature=0", *words])
+    return chat.Speaker(chat.open_folder(str(folder), settings), settings)
+
+
+def test_a_turn_reads_what_is_new_since_the_last(chat_run, tokenizer, capsys):
+    one = speaker(chat_run, "thinking=false", "max_tokens=30")
+    conversation, known = chat.Conversation(one), 0
+    for line in ("hull", "boats", "a hull and the boat"):
+        before, said = one.engine.stats(), list(conversation.messages)
+        conversation.turn(line)
+        after = one.engine.stats()
+        read = after.prompt_tokens - before.prompt_tokens - (after.cached_tokens - before.cached_tokens)
+        prompt = encode_chat(tokenizer, [*said, conversation.messages[-2]], generation_prompt=True, thinking=False).ids
+        # an answer that was cut off (it is here) is read once more, for the template ends it
+        assert read <= len(prompt) - known
+        known = len(prompt) - 1
+    assert capsys.readouterr().out.count("\n") == 3 and known > 60
+
+
+def test_a_thought_that_the_template_drops_is_not_in_the_way(thinker, tokenizer, capsys):
+    one = speaker(thinker)
+    conversation = chat.Conversation(one)
+    for _ in range(2):
+        conversation.turn("hull")
+    earlier = len(encode_chat(tokenizer, conversation.messages[:-1], generation_prompt=True).ids)
+    before = one.engine.stats().cached_tokens
+    conversation.turn("hull")
+    # all of the prompt before but its last token: the line end after <think>, in whose place there is </think> now
+    assert one.engine.stats().cached_tokens - before == earlier - 1
+    assert capsys.readouterr().out == f"{SAID}\n" * 3
+
+
+def test_drafters_say_the_same(chat_run, capsys):
+    said = {}
+    for words in ((), ("draft=3",), ("engine.drafter=lookup",), ("engine.drafter=model", f"draft_model={chat_run}")):
+        one = speaker(chat_run, "thinking=false", "max_tokens=30", *words)
+        conversation = chat.Conversation(one)
+        conversation.turn("hull")
+        conversation.turn("boats")
+        said[words] = capsys.readouterr().out
+        assert (one.engine.drafted > 0) == bool(words)
+    assert len(set(said.values())) == 1
+
+
+def test_two_drafters_are_refused(chat_run):
+    with pytest.raises(Refusal, match=r'^draft = 2 with engine\.drafter = "lookup"; allowed: one of them; next: '):
+        speaker(chat_run, "draft=2", "engine.drafter=lookup")
+
+
+def test_a_conversation_beyond_the_memory_can_go_on_where_it_is_typed(chat_run, capsys):
+    conversation = chat.Conversation(speaker(chat_run, "engine.rows=1", "max_tokens=8", "thinking=false"))
+    with pytest.raises(Refusal, match="what the memory holds, 128 pages x 32 = 4096 tokens"):
+        chat.turn(conversation, "z" * 5000, typed=False)
+    chat.turn(conversation, "z" * 5000, typed=True)
+    assert "what the memory holds" in capsys.readouterr().err and not conversation.messages
+    chat.turn(conversation, "hull", typed=True)
+    assert conversation.messages[0]["content"] == "hull"
 
 
 def test_the_line_of_a_thought_fits_the_terminal(thinker, tokenizer, monkeypatch):

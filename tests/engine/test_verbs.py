@@ -25,25 +25,6 @@ from trimaran.text.chat import encode_chat
 PROMPT = "é日é日é日é"
 
 
-@pytest.fixture(scope="session")
-def base_run(tmp_path_factory, copier, tokenizer) -> Path:
-    """A run folder as pretraining leaves it."""
-    folder = tmp_path_factory.mktemp("runs") / "base"
-    hub.save(copier, folder)
-    tokenizer.save(folder)
-    (folder / "recipe.toml").write_text('stage = "pretrain"\n')
-    return folder
-
-
-@pytest.fixture(scope="session")
-def chat_run(tmp_path_factory, base_run) -> Path:
-    """The same after a stage that teaches conversation."""
-    folder = tmp_path_factory.mktemp("runs") / "chat"
-    shutil.copytree(base_run, folder)
-    (folder / "recipe.toml").write_text('stage = "sft"\n')
-    return folder
-
-
 def pipe_in(monkeypatch, given: bytes) -> None:
     """Makes `given` the stdin of this process, through a real pipe."""
     read, write = os.pipe()

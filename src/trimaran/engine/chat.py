@@ -1,7 +1,8 @@
 """`trimaran chat`: a conversation in the terminal, or, with a base model, plain continuations of what is written.
 
 Answers go to stdout, all else to stderr: what a model thinks before it answers is one line there, which counts the
-tokens while it thinks and stays as their number.
+tokens while it thinks and stays as their number. One engine speaks for the whole chat, and its prefix cache keeps what
+was read: a turn reads what is new since the last one (and an answer whose thought the template has dropped by then).
 """
 
 import contextlib
@@ -10,12 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.cells import cell_len
 
 from trimaran import config
-from trimaran.engine.folder import Folder, FolderSettings, account, open_folder
-from trimaran.engine.plain import Piece, stream
+from trimaran.engine.engine import Engine
+from trimaran.engine.folder import Folder, FolderSettings, account, open_draft, open_folder
+from trimaran.engine.request import EngineSettings, Piece, Request
 from trimaran.errors import Refusal
 from trimaran.report.terminal import CLEAR, DIM, PLAIN, colourful, is_terminal, put, terminal_columns
 from trimaran.text.answer import AnswerReader, ContentText, Delta, ReasoningText
@@ -28,13 +30,34 @@ HELP = (
 )
 
 
+class ChatEngine(EngineSettings):
+    """The engine's settings, for a single conversation: memory for 16 x 4096 tokens, long passes over what is new."""
+
+    rows: int = Field(16, ge=1)
+    tokens_per_pass: int = Field(2048, ge=1)
+
+
 class ChatSettings(FolderSettings):
-    """Settings of `trimaran chat`."""
+    """Settings of `trimaran chat`. draft = N is short for engine.drafter = "mtp" and engine.draft = N."""
 
     max_tokens: int = Field(1024, ge=1)
     system: str | None = None  # the system message
     thinking: bool = True  # whether the template asks for a thought before the answer
     fold: bool = True  # shows the number of a thought's tokens, not the thought
+    draft_model: str | None = None  # folder of a small model with the same tokenizer, for engine.drafter=model
+    engine: ChatEngine = ChatEngine()
+
+    @model_validator(mode="after")
+    def _one_drafter(self) -> "ChatSettings":
+        if self.draft and self.engine.drafter != "none":
+            found = f'draft = {self.draft} with engine.drafter = "{self.engine.drafter}"'
+            raise Refusal(found, "one of them", f"write engine.draft={self.draft}, or leave engine.drafter out")
+        return self
+
+    @property
+    def speaking(self) -> EngineSettings:
+        """How the engine is set up."""
+        return self.engine.replace(drafter="mtp", draft=self.draft) if self.draft else self.engine
 
 
 def main(target: str, overrides: Sequence[str] = ()) -> None:
@@ -43,6 +66,9 @@ def main(target: str, overrides: Sequence[str] = ()) -> None:
     if settings.samples > 1:
         raise Refusal(f"samples = {settings.samples}", "1: a conversation has one thread", "use trimaran generate")
     folder = open_folder(target, settings)
+    speaker = Speaker(folder, settings)
+    for warning in speaker.engine.warnings:
+        put(sys.stderr, f"warning: {warning}\n")
     typed = sys.stdin.isatty()
     if folder.base:
         put(sys.stderr, f"{target} is a base model ({folder.base}): it completes your text instead of answering.\n")
@@ -50,36 +76,88 @@ def main(target: str, overrides: Sequence[str] = ()) -> None:
         put(sys.stderr, HELP + "\n")
         with contextlib.suppress(ImportError):  # line editing, on systems that have it
             import readline  # noqa: F401
-    talk = Completion(folder, settings) if folder.base else Conversation(folder, settings)
+    talk: Completion | Conversation = Completion(speaker) if folder.base else Conversation(speaker)
     for line in typed_lines("text> " if folder.base else "you> ") if typed else piped_lines():
         if line == "/quit":
             break
         if line == "/new":
-            talk = type(talk)(folder, settings)
+            talk = type(talk)(speaker)
         elif line == "/thought":
             put(sys.stdout, dimmed(talk.thought or "There was no thought.", sys.stdout) + "\n")
         elif line:
-            talk.turn(line)
+            turn(talk, line, typed)
 
 
-class Conversation:
-    """Messages so far; each turn reads them all anew, since a template may drop earlier thoughts."""
+def turn(talk: "Completion | Conversation", line: str, typed: bool) -> None:
+    """One turn. What cannot be answered (a conversation longer than the memory) ends no chat that is typed."""
+    try:
+        talk.turn(line)
+    except Refusal as problem:
+        if not typed:
+            raise
+        put(sys.stderr, f"{problem}\n")
+
+
+class Speaker:
+    """The model's side of a chat: an engine that keeps what it has read, from turn to turn and beyond /new."""
 
     def __init__(self, folder: Folder, settings: ChatSettings):
         self.folder, self.settings = folder, settings
+        draft = None if settings.draft_model is None else open_draft(settings.draft_model, settings, folder)
+        self.draft_model = None if draft is None else draft.model
+        self.engine = self.begun()
+
+    def begun(self) -> Engine:
+        """An engine that has read nothing."""
+        return Engine(self.folder.model, self.folder.tokenizer, self.settings.speaking, draft_model=self.draft_model)
+
+    def stream(self, ids: Sequence[int], turns: Sequence[int] = ()) -> Iterator[Piece]:
+        """Continues a prompt; `turns`: numbers of its tokens after which a turn ends."""
+        sampling = self.folder.ending(self.settings)
+        self.engine.submit(Request(tuple(ids), sampling, turns=tuple(turns)))
+        while not self.engine.idle:
+            for piece in self.engine.step():
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+
+    def answer(self, ids: Sequence[int], screen: "Verbatim | Telling", turns: Sequence[int] = ()) -> None:
+        """Streams one continuation to the screen. Ctrl-C in a terminal ends the answer, not the chat."""
+        output = None
+        began, first = time.perf_counter(), 0.0
+        try:
+            for piece in self.stream(ids, turns):
+                first = first or time.perf_counter()
+                screen.show(piece)
+                output = piece.output
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            self.engine = self.begun()  # it may have been interrupted between any two steps of its bookkeeping
+        screen.finish()
+        if output is not None and sys.stdin.isatty():
+            put(sys.stderr, account([output], len(ids), first - began, time.perf_counter() - first) + "\n")
+
+
+class Conversation:
+    """Messages so far. Each turn is written anew, since a template may drop earlier thoughts."""
+
+    def __init__(self, speaker: Speaker):
+        self.speaker = speaker
         self.thought = ""  # the last
         self.messages: list[dict[str, Any]] = []
-        if settings.system is not None:
-            self.messages.append({"role": "system", "content": settings.system})
+        if speaker.settings.system is not None:
+            self.messages.append({"role": "system", "content": speaker.settings.system})
 
     def turn(self, line: str) -> None:
         """Answers `line` and remembers both."""
-        self.messages.append({"role": "user", "content": line})
-        tokenizer = self.folder.tokenizer
-        chat = encode_chat(tokenizer, self.messages, generation_prompt=True, thinking=self.settings.thinking)
-        telling = Telling(tokenizer, opens_thought(tokenizer, chat.ids), self.settings.fold)
-        answer(self.folder, chat.ids, self.settings, telling)
-        self.messages.append(telling.reader.answer.message())
+        settings, tokenizer = self.speaker.settings, self.speaker.folder.tokenizer
+        messages = [*self.messages, {"role": "user", "content": line}]
+        chat = encode_chat(tokenizer, messages, generation_prompt=True, thinking=settings.thinking)
+        telling = Telling(tokenizer, opens_thought(tokenizer, chat.ids), settings.fold)
+        # where the template keeps all that was said, the next turn goes on from the last answer's end
+        self.speaker.answer(chat.ids, telling, [stop for _, stop in chat.spans[-1:] if 0 < stop < len(chat.ids)])
+        self.messages = [*messages, telling.reader.answer.message()]
         self.thought = telling.reader.answer.reasoning
 
 
@@ -88,13 +166,14 @@ class Completion:
 
     thought = ""
 
-    def __init__(self, folder: Folder, settings: ChatSettings):
-        self.folder, self.settings = folder, settings
+    def __init__(self, speaker: Speaker):
+        self.speaker = speaker
 
     def turn(self, line: str) -> None:
         """Shows `line` with its continuation."""
+        folder = self.speaker.folder
         put(sys.stdout, line)
-        answer(self.folder, [*self.folder.lead, *self.folder.tokenizer.encode(line)], self.settings, Verbatim())
+        self.speaker.answer([*folder.lead, *folder.tokenizer.encode(line)], Verbatim())
 
 
 class Verbatim:
@@ -162,25 +241,6 @@ class Telling:
 
 def dimmed(text: str, stream: TextIO) -> str:
     return f"{DIM}{text}{PLAIN}" if colourful(stream) else text
-
-
-def answer(folder: Folder, ids: list[int], settings: ChatSettings, screen: Verbatim | Telling) -> None:
-    """Streams one continuation to the screen. Ctrl-C in a terminal ends the answer, not the chat."""
-    output = None
-    began, first = time.perf_counter(), 0.0
-    try:
-        for piece in stream(
-            folder.model, [ids], folder.ending(settings), tokenizer=folder.tokenizer, draft=settings.draft
-        ):
-            first = first or time.perf_counter()
-            screen.show(piece)
-            output = piece.output
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-    screen.finish()
-    if output is not None and sys.stdin.isatty():
-        put(sys.stderr, account([output], len(ids), first - began, time.perf_counter() - first) + "\n")
 
 
 def typed_lines(prompt: str) -> Iterator[str]:

@@ -54,6 +54,18 @@ def open_folder(target: str, settings: FolderSettings) -> Folder:
     return Folder(model.eval(), tokenizer, lead(tokenizer, trained_here=stage is not None), base(stage, tokenizer))
 
 
+def open_draft(target: str, settings: FolderSettings, folder: Folder) -> Folder:
+    """The small model that drafts for another, which must read the same tokens."""
+    draft = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
+    if draft.tokenizer.digest != folder.tokenizer.digest:
+        raise Refusal(
+            f"draft_model = {target!r} with another tokenizer",
+            "a model with the very same tokenizer.json",
+            "choose another, or leave draft_model out",
+        )
+    return draft
+
+
 def placed(device: str) -> torch.device:
     try:
         asked = torch.device(device)
@@ -95,7 +107,9 @@ def account(outputs: list[Output], prompt_tokens: int, first: float, rest: float
     """What a generation took, in one line. first: seconds until the first token of all rows; rest: those after it."""
     made = sum(len(output.tokens) for output in outputs)
     later = made - len(outputs)
-    words = [f"prompt of {prompt_tokens} token{'s'[: prompt_tokens != 1]} in {first:.2f} s"]
+    known = sum(output.cached for output in outputs)
+    prompt = f"prompt of {prompt_tokens} token{'s'[: prompt_tokens != 1]}" + f" ({known} of them known)" * bool(known)
+    words = [f"{prompt} in {first:.2f} s"]
     words.append(f"{made} token{'s'[: made != 1]}")
     if later and rest:
         words[-1] += f", {later / rest:.0f} tokens/s"

@@ -16,7 +16,7 @@ import uvicorn
 
 from trimaran import config
 from trimaran.engine.engine import Engine
-from trimaran.engine.folder import Folder, FolderSettings, open_folder
+from trimaran.engine.folder import FolderSettings, open_draft, open_folder
 from trimaran.engine.runner import Runner
 from trimaran.errors import Refusal
 from trimaran.report.terminal import put
@@ -72,22 +72,10 @@ def service_of(target: str, settings: ServerSettings) -> Service:
     """Opens the folder and starts its engine."""
     placement = FolderSettings(device=settings.device, dtype=settings.dtype)
     folder = open_folder(target, placement)
-    draft = None if settings.draft_model is None else draft_of(settings.draft_model, placement, folder)
+    draft = None if settings.draft_model is None else open_draft(settings.draft_model, placement, folder)
     engine = Engine(folder.model, folder.tokenizer, settings.engine, draft_model=None if draft is None else draft.model)
     names = settings.serve.names or (Path(target).resolve().name,)
     return Service(folder, Runner(engine, queue_limit=settings.serve.queue), settings.serve, names)
-
-
-def draft_of(target: str, placement: FolderSettings, folder: Folder) -> Folder:
-    """The small model that drafts for another, which must read the same tokens."""
-    draft = open_folder(target, placement)
-    if draft.tokenizer.digest != folder.tokenizer.digest:
-        raise Refusal(
-            f"draft_model = {target!r} with another tokenizer",
-            "a model with the very same tokenizer.json",
-            "choose another, or leave draft_model out",
-        )
-    return draft
 
 
 def told(service: Service, settings: ServerSettings) -> Iterator[str]:
