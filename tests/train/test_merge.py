@@ -19,7 +19,7 @@ from trimaran.model.hybrid import HybridModel
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint, merge
 from trimaran.train.loop import Run, fit
-from trimaran.train.merge import coefficients, decay_weights, shares
+from trimaran.train.merge import coefficients, decay_weights, shares_of
 from trimaran.train.prepare import begin, prepare
 
 PROFILES = ("minus_sqrt", "linear", "cosine", "exponential", "uniform")
@@ -126,7 +126,7 @@ def test_coefficients_are_shares(profile, count):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_shares_are_the_inverse_of_tail_sums(drawn):
     weights = sorted(drawn, reverse=True)
-    found = shares(weights)
+    found = shares_of(weights)
     assert min(found) >= 0 and sum(found) == pytest.approx(1)
     assert [sum(found[i:]) for i in range(1, len(found))] == pytest.approx(weights, abs=1e-12)
 

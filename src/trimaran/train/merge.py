@@ -34,7 +34,7 @@ from trimaran.model.hybrid import build
 from trimaran.model.names import Piece
 from trimaran.report import environment, say
 from trimaran.text.tokenizer import Tokenizer
-from trimaran.train import checkpoint
+from trimaran.train import checkpoint, sharded
 from trimaran.train.schedule import SHAPES
 
 RECORD = "merge.json"  # beside the merged model: what it was made of
@@ -84,10 +84,10 @@ def decay_weights(profile: str, updates: int) -> list[float]:
 
 def coefficients(profile: str, checkpoints: int) -> list[float]:
     """c_0 … c_k, the share of each of k + 1 checkpoints, the oldest first. They are positive and sum to 1."""
-    return shares(decay_weights(profile, checkpoints - 1))
+    return shares_of(decay_weights(profile, checkpoints - 1))
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def shares_of(weights: Sequence[float]) -> list[float]:
     """c_0 … c_k from any w_1 … w_k (arXiv 2507.17634, theorem 3.1)."""
     return [before - after for before, after in pairwise([1.0, *weights, 0.0])]
 
@@ -116,19 +116,16 @@ def chosen(run: Path, settings: MergeSettings) -> list[Path]:
 class Weighted:
     """Σ c_j θ_j for one tensor of a checkpoint at a time, in `dtype`; sums in fp64."""
 
-    def __init__(self, folders: Sequence[Path], shares: Sequence[float]):
-        self.shares = list(shares)
-        self.entries = [hub.read_headers(hub.weight_files(folder)) for folder in folders]
-        files = {entry.file for found in self.entries for entry in found.values()}
-        self.opened = {file: hub.opened(file) for file in files}
-        stored = {entry.kind for found in self.entries for entry in found.values()}
-        self.dtype = torch.float64 if "F64" in stored else torch.float32
+    def __init__(self, folders: Sequence[Path], shares: Sequence[float], model_config: ModelConfig):
+        self.terms = [(share, sharded.opened(folder, model_config)) for share, folder in zip(shares, folders)]
+        names = build(model_config, "meta").state_dict()
+        stored = {shards.stored[name].dtype for _, shards in self.terms for name in names}
+        self.dtype = torch.float64 if torch.float64 in stored else torch.float32
 
     def __call__(self, piece: Piece) -> Tensor:
-        name = piece.hub_name
         total = torch.zeros(piece.shape, dtype=torch.float64)
-        for share, found in zip(self.shares, self.entries):
-            total.add_(self.opened[found[name].file].get_tensor(name), alpha=share)
+        for share, shards in self.terms:
+            total.add_(sharded.piece_of(shards, piece), alpha=share)
         return total.to(self.dtype)
 
 
@@ -143,18 +140,16 @@ def merge(folders: Sequence[Path], out: Path, profile: str = "minus_sqrt", shard
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise Refusal(f"{out} holds something already", "a new folder", "name another, or remove it")
     model_config = same_architecture(folders)
-    weighted = Weighted(folders, coefficients(profile, len(folders)))
-    model = build(model_config, "meta", weighted.dtype)
-    pieces = [*hub.all_pieces(model), *hub.repeated_head(model)]
-    for folder, found in zip(folders, weighted.entries):
-        hub.check(folder, {piece.hub_name: piece for piece in pieces}, found)
-    made_of = {str(folder.absolute()): share for folder, share in zip(folders, weighted.shares)}
+    shares = coefficients(profile, len(folders))
+    weighted = Weighted(folders, shares, model_config)
+    made_of = {str(folder.absolute()): share for folder, share in zip(folders, shares)}
     record = {"profile": profile, "checkpoints": made_of, "made_on": environment()}
     stage = out.with_name(f".{out.name}.merging")
     with writing(out):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         try:
+            model = build(model_config, "meta", weighted.dtype)
             hub.save(model, stage, shard_bytes=shard_bytes, read=weighted)
             Tokenizer.load(folders[-1]).save(stage)
             (stage / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -166,14 +161,11 @@ def merge(folders: Sequence[Path], out: Path, profile: str = "minus_sqrt", shard
 
 
 def same_architecture(folders: Sequence[Path]) -> ModelConfig:
-    """The configuration that all the checkpoints share; each is whole. Raises Refusal for one that differs."""
+    """The configuration that all the checkpoints share. Raises Refusal for one that differs."""
     for folder in folders:
         if (folder / adapter.CONFIG).is_file():
             step = "merge checkpoints of a run without a table lora"
             raise Refusal(f"{folder} holds adapters alone", "checkpoints of whole models", step)
-        manifest, problem = checkpoint.check(folder)
-        if manifest is None:
-            raise Refusal(f"{folder} is damaged: {problem}", "whole checkpoints", "choose others with steps=[…]")
     first, *others = [hub.read_config(folder) for folder in folders]
     for folder, other in zip(folders[1:], others):
         differing = [name for name, value in first.model_dump().items() if other.model_dump()[name] != value]

@@ -255,16 +255,22 @@ def stored_in(path: Path, manifest: Mapping[str, Any], config: ModelConfig) -> d
     return found
 
 
-def export(path: Path, config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the weights of the checkpoint at `path`, of either kind, as a hub folder; one process calls it."""
+def opened(path: Path, config: ModelConfig) -> Shards:
+    """The tensors of the checkpoint at `path`, of either kind. Raises Refusal for one that is not whole."""
     manifest, problem = checkpoint.check(path)
     if manifest is None:
         raise Refusal(f"{path} is damaged: {problem}", "a whole checkpoint", "take the one before it")
-    shards = Shards(path, stored_in(path, manifest, config))
+    return Shards(path, stored_in(path, manifest, config))
 
-    def read(piece: Piece) -> Tensor:
-        if piece.expert is None:
-            return shards.read(piece.name)
-        return shards.read(piece.name, (piece.expert, *(0 for _ in piece.shape)), (1, *piece.shape))[0]
 
-    hub.save(build(config, "meta", dtype), folder, read=read)
+def piece_of(shards: Shards, piece: Piece) -> Tensor:
+    """One tensor as the hub has it."""
+    if piece.expert is None:
+        return shards.read(piece.name)
+    return shards.read(piece.name, (piece.expert, *(0 for _ in piece.shape)), (1, *piece.shape))[0]
+
+
+def export(path: Path, config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the weights of the checkpoint at `path`, of either kind, as a hub folder; one process calls it."""
+    shards = opened(path, config)
+    hub.save(build(config, "meta", dtype), folder, read=lambda piece: piece_of(shards, piece))
