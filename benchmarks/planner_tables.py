@@ -18,6 +18,7 @@ MEGATRON_2021 = Practice(
     fused_attention=False,
     shards_weights=False,
     regathers=False,
+    sums_last=False,
     hides_data=False,
     even_stages=True,
     scan_by_state=False,

@@ -146,8 +146,8 @@ def test_context_pieces_see_uneven_triangles():
     """Contiguous pieces: the last of n sees 2 - 1/n times the mean."""
     even, ours = (Costs(job("*", practice=Practice(balanced_context=way))) for way in (True, False))
     part = block(even.job.config, "*")
-    ratio = ours.mixing(part, Layout(cp=4))[0] / even.mixing(part, Layout(cp=4))[0]
-    assert ratio == pytest.approx(2 - 1 / 4)
+    works = [costs.job.setting.work(part, Layout(cp=4))[0].attention for costs in (ours, even)]
+    assert works[0] / works[1] == pytest.approx(2 - 1 / 4)
 
 
 def test_every_machine_is_whole():

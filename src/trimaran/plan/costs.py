@@ -17,17 +17,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from trimaran.model.config import ATTENTION, ModelConfig
-from trimaran.plan.blocks import HEAD, Block, Product, block, draft, head, model_flops
+from trimaran.plan.blocks import Block, block, draft, head, model_flops
 from trimaran.plan.hardware import Hardware, Precision
 from trimaran.plan.layout import Layout
 from trimaran.plan.links import seconds, together
 from trimaran.plan.practice import TRIMARAN, Practice
 from trimaran.plan.stages import Stage, stages
+from trimaran.plan.work import Setting, Work, rates, seconds_of
 
 TABLE = "table"
-BACKWARD, FUSED_BACKWARD = 2.0, 2.5
-SCORE_BYTES = (13, 18)  # passes over unfused scores forward and backward: scale, softmax, dropout and its mask
-OPERATIONS = 12  # launched per layer and pass besides its matrix products
 ADAM_BYTES = 28  # read and written per parameter: weight, gradient, two moments in fp32; 3 are written
 
 
@@ -46,10 +44,20 @@ class Job:
     def tokens(self) -> int:
         return self.rows * self.sequence
 
+    @cached_property
+    def setting(self) -> Setting:
+        """What the work of a layer depends on."""
+        return Setting(self.config, self.sequence, self.precision, self.practice, self.hardware)
+
+    @cached_property
+    def rates(self) -> Work:
+        """Seconds per count of work."""
+        return rates(self.hardware, self.precision)
+
     @property
     def value(self) -> int:
         """Bytes of an activation."""
-        return 4 if self.precision == "fp32" else 2
+        return self.setting.value
 
     @cached_property
     def model_flops(self) -> float:
@@ -200,19 +208,10 @@ class Costs:
         if layout.pp == 1:
             return 0.0
         job = self.job
-        tokens = self.row_tokens(layout) / (layout.tp if job.practice.cuts_handed else 1)
+        tokens = self.job.setting.row_tokens(layout) / (layout.tp if job.practice.cuts_handed else 1)
         size = tokens * job.config.hidden_size * job.value
         stride = layout.shards * layout.replicate
         return 2 * layout.virtual * seconds(job.hardware, "send", size, layout.pp, stride)
-
-    def row_tokens(self, layout: Layout) -> int:
-        """Tokens of a micro-batch that one cp part holds."""
-        return layout.micro_batch * self.job.sequence // layout.cp
-
-    def local_tokens(self, layout: Layout) -> int:
-        """Tokens of the residual stream that one device holds."""
-        rows = self.row_tokens(layout)
-        return rows // layout.tp if self.job.practice.sequence_parallel else rows
 
     def passed(self, part: Block, layout: Layout) -> Pass:
         """One layer, one micro-batch."""
@@ -224,59 +223,15 @@ class Costs:
 
     def compute(self, part: Block, layout: Layout) -> tuple[float, float]:
         """Seconds of computing forward and backward."""
-        job, reach = self.job, self.job.hardware.reach
-        tokens, local, tp = self.row_tokens(layout), self.local_tokens(layout), layout.tp
-        peak = job.hardware.flops("bf16" if part.letter == HEAD and job.precision != "fp32" else job.precision)
-        flops = traffic = 0.0
-        for one in part.products:
-            times, slim = (tokens, tp) if one.cut else (local, 1)
-            flops += 2 * times * one.inputs * one.outputs / slim
-            traffic += self.product_bytes(one, times, slim)
-        if part.experts:
-            held, rows = part.experts / layout.ep, local * part.chosen
-            padded = rows + held * reach.tile / 2
-            for one in part.expert_products:
-                flops += 2 * padded * one.inputs * one.outputs
-                traffic += job.value * (rows * (one.inputs + one.outputs) + held * one.inputs * one.outputs)
-            traffic += 4 * job.value * rows * part.dispatched  # out to the experts' order and back
-        traffic += job.value * (part.passed_cut * tokens / tp + part.passed_whole * local)
-        launched = reach.launch * (OPERATIONS + len(part.products) + 4 * len(part.expert_products))
-        plain = flops / (peak * reach.matmul) + traffic / (job.hardware.bandwidth * reach.memory) + launched
-        forward, backward = self.mixing(part, layout)
-        return plain + forward, BACKWARD * plain + backward
-
-    def product_bytes(self, one: Product, tokens: int, slim: int) -> float:
-        inputs = one.inputs / slim if one.cut == "in" else one.inputs
-        outputs = one.outputs / slim if one.cut == "out" else one.outputs
-        return self.job.value * (tokens * (inputs + outputs) + one.inputs * one.outputs / slim)
-
-    def mixing(self, part: Block, layout: Layout) -> tuple[float, float]:
-        """Attention's scores and the scan: what grows with the row, forward and backward."""
-        job, reach, tokens = self.job, self.job.hardware.reach, self.row_tokens(layout)
-        peak = job.hardware.flops("fp32" if job.precision == "fp32" else "bf16")
-        if part.scan_flops:
-            twice = 1.5 if layout.cp > 1 and job.practice.scan_by_state else 1.0
-            once = tokens * part.scan_flops / layout.tp / (peak * reach.scan)
-            return twice * once, FUSED_BACKWARD * once
-        if not part.key_flops:
-            return 0.0, 0.0
-        if job.practice.fused_attention:
-            uneven = 1.0 if job.practice.balanced_context else 2 - 1 / layout.cp
-            flops = tokens * part.key_flops * part.keys(job.sequence) * uneven / layout.tp
-            once = flops / (peak * reach.attention)
-            return once, FUSED_BACKWARD * once
-        flops = tokens * part.key_flops * job.sequence / layout.tp
-        scores = tokens * part.heads * job.sequence / layout.tp * job.value / 2
-        read = [scores * each / (job.hardware.bandwidth * reach.memory) for each in SCORE_BYTES]
-        once = flops / (peak * reach.matmul)
-        return once + read[0], BACKWARD * once + read[1]
+        forward, backward = self.job.setting.work(part, layout)
+        return seconds_of(forward, self.job.rates), seconds_of(backward, self.job.rates)
 
     def tensor(self, part: Block, layout: Layout) -> tuple[float, float]:
         """The layer's input gathered over tp and its output scattered; the head stands for the embedding too."""
         job, practice = self.job, self.job.practice
         if layout.tp == 1 or not part.tensor:
             return 0.0, 0.0
-        size = self.row_tokens(layout) * part.width * job.value
+        size = self.job.setting.row_tokens(layout) * part.width * job.value
         if not practice.sequence_parallel:
             once = seconds(job.hardware, "all_reduce", size, layout.tp)
             return once, once
@@ -289,7 +244,7 @@ class Costs:
         job, hardware = self.job, self.job.hardware
         if layout.cp == 1:
             return 0.0, 0.0
-        group, tokens = (layout.cp, layout.tp), self.row_tokens(layout)
+        group, tokens = (layout.cp, layout.tp), self.job.setting.row_tokens(layout)
         if part.letter in ATTENTION:
             kept = part.kv / min(layout.tp, job.config.num_key_value_heads)
             size = tokens * layout.cp * kept * job.value
@@ -315,12 +270,13 @@ class Costs:
         domains = layout.ep / min(layout.ep, job.hardware.domain)
         if job.practice.dispatch_once and domains > 1:
             copies = domains * (1 - (1 - 1 / domains) ** part.chosen)
-        size = self.local_tokens(layout) * copies * part.dispatched * job.value
+        size = self.job.setting.local_tokens(layout) * copies * part.dispatched * job.value
         once = 2 * seconds(job.hardware, "all_to_all", size, layout.ep)
         return once, once
 
     def data(self, part: Block, layout: Layout) -> tuple[float, float]:
-        """Weights gathered for each pass and gradients scattered, per micro-batch; nothing where weights lie whole."""
+        """Weights gathered for each pass, and gradients scattered where they are not summed up first, per micro-batch;
+        nothing where weights lie whole."""
         practice, hardware = self.job.practice, self.job.hardware
         if not practice.shards_weights:
             return 0.0, 0.0
@@ -330,7 +286,8 @@ class Costs:
             for weights, members, stride in spread(part, layout):
                 gather += seconds(hardware, "all_gather", weights * practice.message, members, stride)
                 scatter += seconds(hardware, "reduce_scatter", weights * practice.summed, members, stride)
-            self._data[key] = gather, scatter + (gather if practice.regathers else 0.0)
+            back = 0.0 if practice.sums_last else scatter
+            self._data[key] = gather, back + (gather if practice.regathers else 0.0)
         return self._data[key]
 
     def add_tail(self, parts: Times, found: set[Stage], layout: Layout) -> None:
@@ -366,20 +323,24 @@ class Costs:
                 shard = weights / members
                 held += shard
                 sums += seconds(hardware, "all_reduce", shard * practice.summed, layout.replicate, layout.shards)
-                if not practice.shards_weights:
+                if practice.sums_last or not practice.shards_weights:
                     sums += seconds(hardware, "reduce_scatter", weights * practice.summed, members, stride)
+                if not practice.shards_weights:
                     gather += seconds(hardware, "all_gather", weights * practice.message, members, stride)
             self._tails[key] = sums, gather, held
         return self._tails[key]
 
 
 def spread(part: Block, layout: Layout) -> tuple[tuple[float, int, int], ...]:
-    """(parameters a device works with, ranks that share them, their stride) for cut, whole and expert weights."""
-    return (
-        (part.cut_weights / layout.tp, layout.fsdp * layout.cp, layout.tp),
-        (part.whole_weights, layout.shards, 1),
-        (part.expert_weights / layout.ep, layout.shards // layout.ep, layout.ep),
-    )
+    """(parameters a device works with, ranks that share them, their stride): cut, whole and expert weights, those of
+    one group together, for they travel in one message."""
+    experts = (part.expert_weights / layout.ep, layout.shards // layout.ep, layout.ep)
+    if layout.tp > 1:
+        cut = (part.cut_weights / layout.tp, layout.fsdp * layout.cp, layout.tp)
+        return cut, (part.whole_weights, layout.shards, 1), experts
+    if layout.ep > 1:
+        return (part.cut_weights + part.whole_weights, layout.shards, 1), experts
+    return ((part.weights, layout.shards, 1),)
 
 
 @lru_cache(maxsize=64)

@@ -38,13 +38,13 @@ class Reach(Settings):
     slowed_link               how many times as long a collective takes while computing runs beside it
     """
 
-    matmul: float = Field(0.75, gt=0, le=1)
-    attention: float = Field(0.5, gt=0, le=1)
-    scan: float = Field(0.12, gt=0, le=1)
-    memory: float = Field(0.8, gt=0, le=2)
+    matmul: float = Field(0.75, gt=0)
+    attention: float = Field(0.5, gt=0)
+    scan: float = Field(0.12, gt=0)
+    memory: float = Field(0.8, gt=0)
     link: float = Field(0.75, gt=0, le=1)
     network: float = Field(0.75, gt=0, le=1)
-    launch: float = Field(4e-6, ge=0)
+    launch: float = Field(1.5e-6, ge=0)
     step: float = Field(0.02, ge=0)
     tile: int = Field(128, gt=0)
     slowed_compute: float = Field(1.15, ge=1)
@@ -56,6 +56,7 @@ class Hardware(Settings):
 
     peak        FLOP/s by number format of matrix products; a format that is missing runs as the next wider one
     domain      devices joined by the fast links; beyond it the network
+    chunk_operations   operations that the scan starts per chunk; 0: it is one kernel
     reserved    bytes that driver, libraries and communication keep from the model
     latency     seconds of one hop: inside the domain, beyond it
     curves      measured times of collectives, (bytes on the wire, seconds) with rising bytes; they replace the links
@@ -68,6 +69,7 @@ class Hardware(Settings):
     link: float = Field(gt=0)
     domain: int = Field(gt=0)
     network: float = Field(gt=0)
+    chunk_operations: int = Field(0, ge=0)
     reserved: float = Field(0.0, ge=0)
     latency: tuple[float, float] = (6e-6, 12e-6)
     curves: dict[str, list[tuple[float, float]]] = Field(default_factory=dict)

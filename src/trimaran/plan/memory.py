@@ -3,8 +3,9 @@
 Weights, gradients and optimizer state: bytes per parameter over the ranks that share it. Activations: what each layer
 keeps for its backward pass, times the micro-batches that are under way in a stage: min(m, pp - i + (pp - 1)/v) for 1F1B
 with v chunks per device (arXiv 2205.05198; v = 1: pp - i). A recomputed layer keeps its input alone; the rest of one
-layer at a time is there while its gradient is taken. The sum grows with the micro-batch and shrinks with recomputation;
-the search relies on both.
+layer at a time is there while its gradient is taken. Gradients that are summed over several micro-batches before they
+travel lie whole. With several micro-batches the total grows with their size, and it shrinks with recomputation; the
+search relies on both.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Room:
     """Memory of layouts for one job. Layers are remembered by what they depend on."""
 
     costs: Costs
-    _held: dict[tuple[object, ...], tuple[int, int, int]] = field(default_factory=dict)
+    _held: dict[tuple[object, ...], tuple[int, int, int, int]] = field(default_factory=dict)
     _kept: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
 
     def needed(self, layout: Layout) -> Bytes:
@@ -60,17 +61,19 @@ class Room:
             under_way = min(count, waiting)
             if (stage, under_way) not in seen:
                 seen.add((stage, under_way))
-                found = max(found, self.of_stage(stage, layout, under_way), key=lambda parts: parts.total)
+                parts = self.of_stage(stage, layout, under_way, count > 1)
+                found = max(found, parts, key=lambda parts: parts.total)
         return found
 
-    def of_stage(self, stage: Stage, layout: Layout, under_way: float) -> Bytes:
-        """One stage with so many micro-batches under way (a share of one, with virtual stages)."""
+    def of_stage(self, stage: Stage, layout: Layout, under_way: float, several: bool) -> Bytes:
+        """One stage with so many micro-batches under way (a share of one, with virtual stages), of several or one."""
         practice, parts = self.costs.job.practice, Bytes()
         widest = again = 0
         for part, passes, copies in self.costs.content(stage):
-            mine, shard, out = self.held(part, layout)
+            mine, shard, whole, out = self.held(part, layout)
             parts.weights += copies * mine * practice.weight
-            parts.gradients += copies * mine * practice.gradient
+            summing = whole if several and practice.sums_last else mine
+            parts.gradients += copies * summing * practice.gradient
             parts.optimizer += copies * shard * practice.optimizer
             if part.letter in ROOTS:
                 parts.gathered += out
@@ -78,7 +81,7 @@ class Room:
             widest = max(widest, out)
             full, sent = self.kept(part, layout)
             if part.letter in layout.recompute:
-                held = part.width * self.costs.local_tokens(layout) * practice.stream
+                held = part.width * self.costs.job.setting.local_tokens(layout) * practice.stream
                 again = max(again, full + sent - held)
                 full, sent = held, 0
             parts.activations += ceil(under_way * passes * full)
@@ -89,8 +92,8 @@ class Room:
             parts.logits = self.logits(layout)
         return parts
 
-    def held(self, part: Block, layout: Layout) -> tuple[int, int, int]:
-        """Of one layer: parameters a device stores, parameters it updates, bytes when its weights are gathered."""
+    def held(self, part: Block, layout: Layout) -> tuple[int, int, int, int]:
+        """Of one layer: parameters a device stores, updates, works with; bytes when its weights are gathered."""
         key = (part, layout.fsdp, layout.cp, layout.tp, layout.ep)
         if key not in self._held:
             practice, found = self.costs.job.practice, list(spread(part, layout))
@@ -98,7 +101,7 @@ class Room:
             whole = ceil(sum(weights for weights, _, _ in found))
             out = ceil(sum(weights for weights, members, _ in found if members > 1)) * practice.message
             shards = practice.shards_weights
-            self._held[key] = (shard if shards else whole), shard, (out if shards else 0)
+            self._held[key] = (shard if shards else whole), shard, whole, (out if shards else 0)
         return self._held[key]
 
     def kept(self, part: Block, layout: Layout) -> tuple[int, int]:
@@ -106,7 +109,11 @@ class Room:
         key = (part, layout.micro_batch, layout.cp, layout.tp)
         if key not in self._kept:
             job, practice = self.costs.job, self.costs.job.practice
-            tokens, local, value = self.costs.row_tokens(layout), self.costs.local_tokens(layout), job.value
+            tokens, local, value = (
+                self.costs.job.setting.row_tokens(layout),
+                self.costs.job.setting.local_tokens(layout),
+                job.value,
+            )
             found = value * (part.kept_cut * tokens // layout.tp + (part.kept_whole - part.width) * local)
             found += part.width * local * practice.stream
             if practice.keeps_gathered and part.tensor and layout.tp > 1:
@@ -119,7 +126,7 @@ class Room:
 
     def logits(self, layout: Layout) -> int:
         """One chunk of logits in fp32, their gradient and a copy; the hidden gradient; the head's gradient in fp32."""
-        job, tokens = self.costs.job, self.costs.row_tokens(layout)
+        job, tokens = self.costs.job, self.costs.job.setting.row_tokens(layout)
         vocabulary = job.config.vocab_size // layout.tp
         chunk = min(tokens, job.practice.loss_chunk or tokens)
         once = chunk * vocabulary * (8 + job.value)

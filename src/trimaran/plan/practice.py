@@ -15,6 +15,7 @@ class Practice:
     fused_attention     scores never reach memory, and only half of them are computed
     shards_weights      fsdp divides weights and gradients too; otherwise the optimizer's state alone
     regathers           weights are gathered again for the backward pass
+    sums_last           gradients add up on each device and travel once a step, after the last micro-batch
     hides_data          gathers and sums of fsdp and replicate run beside computing
     hides_tensor        so do those of tp; hides_pipeline, hides_experts: and those of pp, ep
     balanced_context    cp deals out the causal triangle evenly; otherwise the last piece sees whole rows
@@ -34,6 +35,7 @@ class Practice:
     fused_attention: bool = True
     shards_weights: bool = True
     regathers: bool = True
+    sums_last: bool = True
     hides_data: bool = True
     hides_tensor: bool = False
     hides_pipeline: bool = False

@@ -7,8 +7,8 @@ micro-batch and recomputation alone count as one, whose best variant stands for 
 Nothing that could win is left out, because (each is a property of costs.py and memory.py, and a test compares with
 trying everything):
 
-    memory     grows with the micro-batch and shrinks with recomputation: if a variant does not fit, no larger
-               micro-batch with as little recomputation does; if not even full recomputation at one row fits, none does
+    memory     grows with the micro-batch (but for the last step, from two micro-batches to one) and shrinks with
+               recomputation: where full recomputation does not fit, no larger micro-batch is tried but the largest
     dominated  recomputing more only takes longer: with a set of letters that fits, its supersets are not tried
     bound      what must be computed and said, without any bubble, already takes longer than the best few found
 """
@@ -108,13 +108,18 @@ def of_axes(room: Room, axes: Layout, batches: list[int], sets: list[str], limit
     """The best micro-batch and recomputation for some sizes of the axes, if it is quicker than `limit`."""
     usable = room.costs.job.hardware.usable
     best: Plan | None = None
-    for place, batch in enumerate(batches):
+    full = False
+    for batch in batches:
+        one_alone = batch == batches[-1]  # whose gradients need not lie whole, so memory may fall once more
         least = replace(axes, micro_batch=batch, recompute=sets[-1])
-        if (short := room.needed(least).total) > usable:
-            miss(found, least, short - int(usable))
-            about = f": {short / 1e9:.0f} of {usable / 1e9:.0f} GB"
-            found.drop(NEED, least, (len(batches) - place) * len(sets), about)
-            break
+        if full and not one_alone:
+            found.drop(NEED, least, len(sets))
+            continue
+        if (size := room.needed(least).total) > usable:
+            miss(found, least, size - int(usable))
+            found.drop(NEED, least, len(sets), f": {size / 1e9:.0f} of {usable / 1e9:.0f} GB")
+            full = True
+            continue
         fitting: list[set[str]] = []
         for number, letters in enumerate(sets):
             layout = replace(axes, micro_batch=batch, recompute=letters)
