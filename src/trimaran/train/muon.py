@@ -7,6 +7,8 @@
 K. Jordan et al. 2024 (the iteration and its a, b, c; singular values end between about 0.7 and 1.2); the factor that
 gives updates AdamW's usual size, so that both can share a learning rate, is Moonlight's (arXiv 2502.16982). Embeddings,
 head, routers, convolutions and everything of one dimension stay with AdamW. Nemotron-3's own reports train with AdamW.
+
+A matrix whose rows are spread over processes is gathered for its step, which each of them then takes for itself.
 """
 
 import math
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimaran.model.linear import Head, Linear, StackedLinear
+from trimaran.parallel.places import local, place
 
 ITERATION = (3.4445, -4.7750, 2.0315)  # a, b, c
 STEPS = 5
@@ -50,22 +53,24 @@ class Muon(torch.optim.AdamW):
         for weight in weights:
             if not self.state[weight]:  # AdamW looks for a count in every state that it loads
                 self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
-        gradients = [weight.grad for weight in weights]
-        momenta = [self.state[weight]["momentum"] for weight in weights]
+        gradients = [local(weight.grad) for weight in weights]
+        momenta = [local(self.state[weight]["momentum"]) for weight in weights]
         torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1)
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for weight, u in zip(weights, torch._foreach_lerp(gradients, momenta, self.momentum)):
+            u = whole(u, weight)
             lying = u if u.shape[-2] <= u.shape[-1] else u.mT
             alike[lying.shape[-2], lying.shape[-1]].append((weight, lying))
             weight.grad = None  # spent: AdamW passes it by
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_([local(weight) for weight in weights], 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), members in alike.items():
             updates = orthogonalised(torch.cat([u.reshape(-1, rows, columns) for _, u in members]), self.dtype)
             rate = group["lr"] * LIKE_ADAMW * math.sqrt(columns)
             for (weight, u), update in zip(members, updates.split([u.numel() // (rows * columns) for _, u in members])):
                 update = update.view(u.shape)
-                weight.add_(update if u.shape == weight.shape else update.mT, alpha=-rate)
+                update = update if u.shape[-2:] == weight.shape[-2:] else update.mT
+                local(weight).add_(own(update, weight), alpha=-rate)
 
 
 def orthogonalised(u_SRC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,6 +84,25 @@ def orthogonalised(u_SRC: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def whole(u: Tensor, weight: Tensor) -> Tensor:
+    """The whole matrix of which u has this process's rows, or the whole matrices of a stack that are here."""
+    if u.ndim > 2 or not hasattr(weight, "placements"):
+        return u
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(weight, DTensor)
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(u, mesh, placements, shape=weight.size(), stride=weight.stride()).full_tensor()
+
+
+def own(update: Tensor, weight: Tensor) -> Tensor:
+    """What this process has of a whole matrix; the reverse of `whole`."""
+    if update.ndim > 2 or not hasattr(weight, "placements"):
+        return update
+    here = place(weight)
+    return update[here.first : here.first + here.rows]
 
 
 def matrices(model: nn.Module) -> set[Tensor]:

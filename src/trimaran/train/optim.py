@@ -4,7 +4,7 @@ Weight decay follows Megatron-LM's rule: tensors of one dimension have none (A_l
 others have it, the convolutions' filters [C, 1, taps] included.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def muon(
     """Muon for the linear maps of `model`, at `times` the learning rate; AdamW for the rest of its parameters."""
     chosen = matrices(model)
     ordered = [parameter for parameter in model.parameters() if parameter in chosen]
-    groups = [{"params": ordered, "weight_decay": weight_decay, "matrices": True, "times": times}]
+    shared: dict[str, Any] = {"weight_decay": weight_decay, "matrices": True, "times": times}
+    groups = [{"params": alike, **shared} for alike in by_mesh(ordered)]
     groups += decaying(model, chosen, weight_decay)
     settings = {"lr": lr, "betas": betas, "eps": eps, "fused": fusible(model)}
     return Muon(groups, momentum=momentum, dtype=dtype, **settings)
@@ -73,10 +74,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("times", 1.0)
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float | None, world: World | None = None) -> Tensor:
+def clip(
+    parameters: Iterable[nn.Parameter],
+    limit: float | None,
+    world: World | None = None,
+    copies: Sequence[nn.Parameter] = (),
+) -> Tensor:
     """Scales all gradients so that their global norm is at most `limit`; returns the norm before, on their device.
 
-    world: the processes that hold the gradients between them.
+    world: the processes that hold the gradients between them; copies: parameters here that another process counts.
     """
     parameters = list(parameters)
     if world is None or world.alone:
@@ -84,8 +90,9 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None, world: World |
         if limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
         return norm
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    norm = world.norm(nn.utils.get_total_norm(gradients, foreach=True))
+    gradients = {p: local(p.grad) for p in parameters if p.grad is not None}
+    counted = [gradient for p, gradient in gradients.items() if not any(p is copy for copy in copies)]
+    norm = world.norm(nn.utils.get_total_norm(counted, foreach=True))
     if limit is not None:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
+        torch._foreach_mul_([*gradients.values()], (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
     return norm
