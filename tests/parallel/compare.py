@@ -97,8 +97,8 @@ def whole(tensors: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
     everybodys: list = [None] * dist.get_world_size()
     dist.all_gather_object(everybodys, mine)
     found: dict[str, Tensor] = {}
-    for parts in everybodys:
-        for name, (shape, boxes) in parts.items():
+    for held in everybodys:
+        for name, (shape, boxes) in held.items():
             target = found.setdefault(name, torch.full(shape, torch.nan))
             for offsets, view in boxes:
                 target[tuple(slice(o, o + n) for o, n in zip(offsets, view.shape))] = view

@@ -142,6 +142,7 @@ class HybridModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, scaled=config.residual == "ngpt")
         self.mtp = MTP(config, self.backbone) if config.mtp_pattern else None
+        self.ends = True  # a stage of a pipeline that is not the last has no final norm, head or draft block
 
     @property
     def version(self) -> int:
@@ -168,18 +169,27 @@ class HybridModel(nn.Module):
         """tokens [B, T] -> logits [B, T, vocab] in at least fp32; advances `state` when given."""
         return self.head(self.hidden(tokens, doc_ids, state))
 
-    def hidden(self, tokens_BT: Tensor, doc_ids: Tensor | None = None, state: StackMemory | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        doc_ids: Tensor | None = None,
+        state: StackMemory | None = None,
+        stream_BTD: Tensor | None = None,
+    ) -> Tensor:
         """Hidden vectors after the final norm [B, T, D].
 
         doc_ids [B, T]: the same id as the token before continues its document, another begins one (nothing is seen
         across the border), -1 is padding, which updates nothing and comes out as zeros.
+
+        stream_BTD: what the stage of a pipeline before this one gave; a stage that is not the last gives it in turn.
         """
         layout = begin(tokens_BT, doc_ids, state, self.version)
         tokens_BT = checked(layout, tokens_BT, self.config.vocab_size)
-        x_BTD = run_blocks(self.backbone.layers, self.backbone.embeddings(tokens_BT), layout, state)
+        x_BTD = self.backbone.embeddings(tokens_BT) if stream_BTD is None else stream_BTD
+        x_BTD = run_blocks(self.backbone.layers, x_BTD, layout, state)
         if state is not None:
             state.advance(layout, doc_ids)
-        return layout.restore(self.backbone.norm_f(x_BTD))
+        return layout.restore(self.backbone.norm_f(x_BTD)) if self.ends else x_BTD
 
     def recompute(self, letters: str) -> list[str]:
         """Lets training passes run the blocks of these letters twice instead of keeping their activations.

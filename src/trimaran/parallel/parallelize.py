@@ -6,22 +6,27 @@ from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.parallel.places import Cut, uncut
 from trimaran.parallel.shard import shard
+from trimaran.parallel.stages import cut_stage
 from trimaran.parallel.tensor import cut_layers
 from trimaran.parallel.world import World
 
 
-def parallelize(model: HybridModel, world: World) -> dict[str, Cut]:
+def parallelize(model: HybridModel, world: World, context: int = 0) -> dict[str, Cut]:
     """Leaves this process its part of `model`, in place; what tp and ep left of every parameter, by name.
 
-    Every process gives it the same model, from the same seed or checkpoint, before an optimizer is made. Raises Refusal
-    for sizes that do not divide the model.
+    Every process gives it the same model, from the same seed or checkpoint, before an optimizer is made. context: keys
+    that a query sees on average, by which the stages of a pipeline are balanced. Raises Refusal for sizes that do not
+    divide the model.
     """
     if world.alone:
         raise Refusal("one process", "two or more", "leave [parallel] out")
+    if world.settings.pp > 1:
+        cut_stage(model, world, context)
     cuts = {name: uncut(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     units: list[list[nn.Module]] = []
     if world.settings.tp > 1:
         cut, units = cut_layers(model, world)
         cuts |= cut
-    shard(model, world, units)
+    if world.settings.replicate * world.settings.shards > 1:
+        shard(model, world, units)
     return cuts

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.moe import MoE
+from trimaran.parallel.stages import Elsewhere
 from trimaran.parallel.world import World
 
 
@@ -38,7 +39,7 @@ def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ())
         for module in model.modules():
             if isinstance(module, MoE):
                 unite([module.experts], mesh_of(world, "efsdp"))
-    units: list[nn.Module] = list(model.backbone.layers)
+    units: list[nn.Module] = [layer for layer in model.backbone.layers if not isinstance(layer, Elsewhere)]
     if model.mtp is not None:
         units.append(model.mtp)  # one unit: it reads its first block's norms and map outside of that block's forward
     if world.settings.tp > 1:

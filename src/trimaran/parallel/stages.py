@@ -3,14 +3,20 @@
 Costs are forward FLOPs per token from `model.size`: a Mamba block, an attention block over a long context and an expert
 block differ several times over, and the head with the draft block (MTP) weighs as much as some blocks together. They
 stand behind the last layer, so the last stage gets fewer of those.
+
+`cut_stage` leaves a process its stage; `pipeline.py` runs it.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+from torch import Tensor, nn
+
 from trimaran.errors import Refusal
 from trimaran.model.config import ModelConfig
+from trimaran.model.hybrid import HybridModel
 from trimaran.model.size import count
+from trimaran.parallel.world import World
 
 
 def stages(config: ModelConfig, number: int, context: int = 0) -> tuple[range, ...]:
@@ -77,3 +83,46 @@ def smallest_limit(costs: Sequence[int], number: int) -> int:
             room -= cost
         low, high = (low, limit) if parts <= number else (limit + 1, high)
     return low
+
+
+class Elsewhere(nn.Module):
+    """Stands for a layer of another stage, so that the names of those here stay; passes on what it is given.
+
+    weight: empty, of the dtype and on the device of what stood here.
+    """
+
+    weight: Tensor
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.register_buffer("weight", next(module.parameters()).detach().new_empty(0), persistent=False)
+
+    def forward(self, x: Tensor, *given: object) -> Tensor:
+        return x
+
+
+def cut_stage(model: HybridModel, world: World, context: int = 0) -> range:
+    """Leaves this process its stage of `model`, in place; returns its layers.
+
+    context: keys that a query sees on average, for the balance. Raises Refusal for more stages than layers.
+    """
+    stage, backbone = world.place["pp"], model.backbone
+    own = stages(model.config, world.settings.pp, context)[stage]
+    for index, block in enumerate(backbone.layers):
+        if index not in own:
+            backbone.layers[index] = Elsewhere(block)
+    first, last = stage == 0, stage == world.settings.pp - 1
+    if not first and not (last and read_at_the_end(model)):
+        backbone.embeddings = Elsewhere(backbone.embeddings)  # type: ignore[assignment]
+    if not last:
+        model.ends, model.mtp = False, None
+        if next(backbone.norm_f.parameters(), None) is not None:
+            backbone.norm_f = Elsewhere(backbone.norm_f)  # type: ignore[assignment]
+        if not model.config.tie_embeddings:
+            del model.lm_head
+    return own
+
+
+def read_at_the_end(model: HybridModel) -> bool:
+    """Whether the last stage reads the embedding."""
+    return model.config.tie_embeddings or bool(model.config.mtp_pattern)

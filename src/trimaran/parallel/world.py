@@ -103,6 +103,12 @@ class World:
         dist.all_reduce(x, group=self.group(axis))
         return x
 
+    def largest(self, x: Tensor, axis: str) -> Tensor:
+        """The element-wise maximum over all processes that differ on `axis`, without gradient."""
+        x = x.detach().clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group(axis))
+        return x
+
     def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Numbers of which every process has a part: their sums over all of them, in one exchange."""
         if self.alone:

@@ -47,7 +47,12 @@ class Balance:
     def violation(self) -> Tensor | None:
         """MaxVio of the step so far, max_e load_e / mean(load) - 1, in the worst block; 0 is perfect balance."""
         worst = [load_E.max() / load_E.mean() - 1 for load_E in self.loads if load_E is not None]
-        return torch.stack(worst).max() if worst else None
+        own = torch.stack(worst).max() if worst else None
+        if self.world.settings.pp == 1:
+            return own
+        # a stage may have no routers; -1 is below any violation
+        largest = self.world.largest(torch.tensor(-1.0, device=self.world.device) if own is None else own, "pp")
+        return None if largest < 0 else largest
 
     @torch.no_grad()
     def step(self) -> None:

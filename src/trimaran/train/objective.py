@@ -135,7 +135,8 @@ class Pretraining(Watched):
         world: World | None = None,
     ):
         self.model, self.mtp_scale, self.mtp_every, self.aux_loss = model, mtp_scale, mtp_every, aux_loss
-        self.depths = model.config.mtp_depth if model.mtp is not None and mtp_scale else 0
+        # by the config: the stage of a pipeline that is not the last has no draft block, and the same streams
+        self.depths = model.config.mtp_depth if model.config.mtp_pattern and mtp_scale else 0
         self.balance = Balance(model, router_bias_rate, world)
 
     def streams(self, batch: Batch, step: int = 0) -> Streams:
@@ -144,8 +145,16 @@ class Pretraining(Watched):
 
     def terms(self, part: Streams) -> tuple[Tensor, dict[str, Tensor]]:
         """(what to differentiate, its terms by name as they are reported: detached, before scaling)."""
+        return self.score(self.model.hidden(part.tokens_BT, part.doc_ids_BT), part)
+
+    def names(self, part: Streams) -> list[str]:
+        """Of all terms that the stages of a pipeline report between them."""
+        routers = bool(self.routers(part))
+        return ["loss", *(f"mtp_{depth}" for depth in range(1, len(part.depths))), *(["aux"] if routers else [])]
+
+    def score(self, hidden_BTD: Tensor, part: Streams) -> tuple[Tensor, dict[str, Tensor]]:
+        """`terms`, from the hidden vectors that the trunk gave."""
         model, head = self.model, self.model.head
-        hidden_BTD = model.hidden(part.tokens_BT, part.doc_ids_BT)
         trunk, *further = part.depths
         loss = weighted(hidden_BTD, head, trunk)
         reported = {"loss": loss.detach()}
@@ -155,13 +164,22 @@ class Pretraining(Watched):
             term = weighted(hidden_BTD, head, depth)
             reported[f"mtp_{number}"] = term.detach()
             loss = loss + self.mtp_scale / len(further) * term
+        unequal, seen = self.imbalance(part)
+        return (loss if unequal is None else loss + unequal), reported | seen
+
+    def imbalance(self, part: Streams) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the routers of the forward just done add to the loss, and to the terms."""
         balance = self.balance.collect()
-        if balance is not None:
-            total, count = balance
-            reported["aux"] = total.detach() * (part.share / count)
-            if self.aux_loss:
-                loss = loss + self.aux_loss * part.share * total
-        return loss, reported
+        if balance is None:
+            return None, {}
+        total, _ = balance
+        reported = {"aux": total.detach() * (part.share / self.routers(part))}
+        return (self.aux_loss * part.share * total if self.aux_loss else None), reported
+
+    def routers(self, part: Streams) -> int:
+        """Router passes of one forward, whichever stage of a pipeline they happen in."""
+        config = self.model.config
+        return config.pattern.count("E") + (len(part.depths) - 1) * config.mtp_pattern.count("E")
 
 
 def weighted(hidden_BTD: Tensor, head: torch.nn.Module, depth: Depth) -> Tensor:
