@@ -11,6 +11,7 @@ after `timeout` seconds. One line says why: of a refusal the process that comes 
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -52,13 +53,14 @@ def start(processes: int, words: Sequence[str]) -> int:
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         found = f"{processes} processes on a machine with {torch.cuda.device_count()} GPUs"
         raise Refusal(found, "one GPU for each", "start torchrun on several machines, or change [parallel]")
-    quiet = {"LOGLEVEL": "CRITICAL"}  # read by the launcher's modules as they are imported
-    os.environ |= {**quiet, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": GRACE, "OMP_NUM_THREADS": "1"} | os.environ
-    os.environ[LAUNCHER] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for talker in ("multiprocessing.api", "agent.server.api"):  # each ended process twice, and once more below
+        logging.getLogger(f"torch.distributed.elastic.{talker}").setLevel(logging.CRITICAL)
+    os.environ |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": GRACE, "OMP_NUM_THREADS": "1"} | os.environ
+    os.environ[LAUNCHER] = str(os.getpid())
     here = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
     sizes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes, "max_restarts": 0}
     launch = elastic_launch(LaunchConfig(**sizes, **here, run_id=str(uuid.uuid4())), sys.executable)  # type: ignore[arg-type]
@@ -105,7 +107,6 @@ def ended(work: Callable[[], int]) -> int:
     try:
         return work()
     except Refusal as problem:
-        get_error_handler().record_exception(problem)
         if before_others():
             print("trimaran: " + " ".join(str(problem).split()), file=sys.stderr)
         return REFUSED

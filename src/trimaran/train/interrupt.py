@@ -12,10 +12,15 @@ ANSWER = b"\nfinishing this step and saving it; the same signal again stops at o
 
 
 class Interrupts:
-    """While entered, the first signal is noted in `asked` (its number) and answered; the second acts as usual."""
+    """While entered, the first signal is noted in `asked` (its number) and answered; the second acts as usual.
 
-    def __init__(self) -> None:
+    answer: whether to say so. Of several processes each gets the signal, also from a launcher that ends them all
+    because one has died; then no step will be finished.
+    """
+
+    def __init__(self, *, answer: bool = True) -> None:
         self.asked: int | None = None
+        self.answer = answer
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -26,8 +31,9 @@ class Interrupts:
     def note(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
         self.restore()
-        with contextlib.suppress(OSError):  # nobody listens
-            os.write(2, ANSWER)  # not print: the signal may have come in the middle of one
+        if self.answer:
+            with contextlib.suppress(OSError):  # nobody listens
+                os.write(2, ANSWER)  # not print: the signal may have come in the middle of one
 
     def restore(self) -> None:
         while self.before:

@@ -5,7 +5,9 @@ was interrupted and one that was not end with the same weights, bit for bit, on 
 """
 
 import math
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
+from trimaran.parallel.launch import orphaned
 from trimaran.parallel.places import Cut
 from trimaran.parallel.shard import synchronise
 from trimaran.parallel.world import World
-from trimaran.report import Progress, say
+from trimaran.report import Progress, Silence, say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint
 from trimaran.train.interrupt import Interrupts
@@ -28,7 +31,7 @@ from trimaran.train.recipe import TrainSettings
 from trimaran.train.validate import HeldOut, evaluate
 
 if TYPE_CHECKING:
-    from trimaran.parallel.pipeline import Pipeline
+    from trimaran.train.sharded import Keeper
 
 
 class Rows(Protocol):
@@ -60,6 +63,7 @@ class Objective(Protocol):
 
 
 R = TypeVar("R", bound=Rows)
+SIGNALS = "asked to stop"
 
 
 class Diverged(Refusal):
@@ -70,7 +74,8 @@ class Diverged(Refusal):
 class Run:
     """One run: what it changes, what it reads, where it writes. `step` counts finished updates.
 
-    world: the processes it is spread over; cuts: what `parallelize` left of each parameter in this one.
+    world: the processes it is spread over; cuts: what `parallelize` left of each parameter in this one. asked: the
+    signal that this process heard; stopping: whether any did, on which all agree.
     """
 
     folder: Path
@@ -85,16 +90,13 @@ class Run:
     step: int = 0
     world: World = field(default_factory=World)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    asked: int | None = None
+    stopping: bool = False
     parameters: list[torch.nn.Parameter] = field(init=False)
-    pipeline: "Pipeline | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.recompute(self.settings.recompute)
-        if self.world.settings.pp > 1:
-            from trimaran.parallel.pipeline import Pipeline  # a second of imports, for those who have one
-
-            self.pipeline = Pipeline(self.model, self.world)
 
     @property
     def checkpoints(self) -> Path:
@@ -107,26 +109,42 @@ def fit(run: Run) -> int:
     0: all steps are done and saved. 128 + n: signal n asked to stop, the step was finished and saved, and the same
     call goes on from there. Raises `Diverged`, and Refusal when a checkpoint cannot be written.
     """
-    resume(run)
-    run.model.train()
-    settings, schedule = run.settings, run.settings.schedule()
-    metrics = run.folder / "metrics.jsonl"
-    with Progress(settings.steps, start=run.step, label=run.label, metrics=metrics) as progress:
-        with Interrupts() as interrupts:
-            while run.step < settings.steps and interrupts.asked is None:
-                batch = next(run.loader)
-                lr = schedule(run.step)
-                values = {**run.loader.observed(), **train_step(run, batch, lr)}
-                run.step += 1
-                if run.held_out and due(run.step, settings.eval_every, settings.steps):
-                    values |= held_out(run)
-                progress.update(run.step, tokens=batch.tokens_BT.numel(), lr=lr, **values)
-                if due(run.step, settings.checkpoint_every, settings.steps) or interrupts.asked is not None:
-                    save(run)
-        if run.step < settings.steps:
-            progress.say(f"stopped after step {run.step} of {settings.steps}; the same command goes on from there")
-            return 128 + int(interrupts.asked or 0)
+    with keeping(run) as keeper:
+        resume(run, keeper)
+        run.model.train()
+        with reporting(run) as progress:
+            with Interrupts(answer=run.world.alone) as interrupts:
+                while run.step < run.settings.steps and not run.stopping:
+                    advance(run, interrupts, progress, keeper)
+            if run.step < run.settings.steps:
+                done = f"stopped after step {run.step} of {run.settings.steps}"
+                progress.say(f"{done}; the same command goes on from there")
+                return 128 + int(interrupts.asked or signal.SIGTERM)
     return 0
+
+
+def advance(run: Run, interrupts: Interrupts, progress: Progress | Silence, keeper: "Keeper | None") -> None:
+    """A step and what is due after it: validation, a line in the metrics, a checkpoint."""
+    settings = run.settings
+    batch, lr = next(run.loader), settings.schedule()(run.step)
+    run.asked = interrupts.asked
+    values = {**run.loader.observed(), **train_step(run, batch, lr)}
+    run.step += 1
+    if run.held_out and due(run.step, settings.eval_every, settings.steps):
+        values |= held_out(run)
+    progress.update(run.step, tokens=batch.tokens_BT.numel(), lr=lr, **values)
+    if run.world.alone:
+        run.stopping = interrupts.asked is not None
+    if due(run.step, settings.checkpoint_every, settings.steps) or run.stopping:
+        save(run, keeper)
+
+
+def reporting(run: Run) -> Progress | Silence:
+    """The live line and the metrics, which one process writes for all."""
+    if not run.world.first:
+        return Silence()
+    metrics = run.folder / "metrics.jsonl"
+    return Progress(run.settings.steps, start=run.step, label=run.label, metrics=metrics)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -141,10 +159,11 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     objective, model = run.objective, run.model
     streams = run.world.share(objective.streams(batch, run.step)).to(model.device)
     run.optimizer.zero_grad(set_to_none=True)
-    seen = run.world.total(gradients(run, streams))
-    seen["grad_norm"] = clip(run.parameters, run.settings.clip, run.world, run.pipeline.copies if run.pipeline else ())
+    seen = run.world.total({**gradients(run, streams), **signals(run)})
+    seen["grad_norm"] = clip(run.parameters, run.settings.clip, run.world)
     seen |= objective.observed()
     values = dict(zip(seen, torch.stack([value.float() for value in seen.values()]).tolist()))
+    run.stopping = values.pop(SIGNALS, 0.0) > 0
     if not all(map(math.isfinite, values.values())):
         objective.abandon()
         raise diverged(run, batch, lr, values)
@@ -155,10 +174,15 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     return values
 
 
+def signals(run: Run) -> dict[str, Tensor]:
+    """Of several processes: whether this one is to stop, for all of them to know."""
+    if run.world.alone:
+        return {}
+    return {SIGNALS: torch.tensor(float(run.asked is not None or orphaned()), device=run.model.device)}
+
+
 def gradients(run: Run, streams: Rows) -> dict[str, Tensor]:
     """Losses and their gradients, a part of the rows at a time; the terms by name, added up."""
-    if run.pipeline is not None:
-        return run.pipeline.gradients(run.objective, parts(streams, run.pipeline.count), lambda: autocast(run))
     seen: dict[str, Tensor] = {}
     pieces = parts(streams, run.settings.accumulate)
     for number, part in enumerate(pieces, 1):
@@ -187,23 +211,37 @@ def autocast(run: Run) -> torch.autocast:
 
 
 def held_out(run: Run) -> dict[str, float]:
-    score = evaluate(run.model, run.held_out)
+    score = evaluate(run.model, run.held_out, run.world)
     return {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
 
 
 def diverged(run: Run, batch: Rows, lr: float, values: Mapping[str, float]) -> Diverged:
-    """Saves the batch that led to it, and the error that says so."""
+    """Saves the batch that led to it, and the error that says so: the same in every process."""
     path = run.folder / f"diverged-step-{run.step + 1}.safetensors"
-    with writing(path):
-        checkpoint.save_tensors({name: value for name, value in vars(batch).items() if torch.is_tensor(value)}, path)
+    if run.world.first:
+        tensors = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
+        with writing(path):
+            checkpoint.save_tensors(tensors, path)
     wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
     found = f"step {run.step + 1} gave {wrong} at learning rate {lr:.2e}; nothing was updated"
     step = f"look at the batch in {path}, or begin another run with a lower train.lr or train.clip"
     return Diverged(found, "finite losses and gradients", step)
 
 
-def save(run: Run) -> None:
+def keeping(run: Run) -> "AbstractContextManager[Keeper | None]":
+    """What writes the checkpoints of several processes beside their training; one process needs nothing."""
+    if run.world.alone:
+        return nullcontext()
+    from trimaran.train.sharded import Keeper  # here: importing DCP takes a second
+
+    return Keeper(run.checkpoints, run.world, keep=run.settings.keep, tokenizer=run.tokenizer)
+
+
+def save(run: Run, keeper: "Keeper | None") -> None:
     position: dict[str, Any] = run.loader.state_dict()
+    if keeper is not None:
+        keeper.save(run.step, run.model, run.optimizer, run.cuts, position)
+        return
     checkpoint.save(
         run.checkpoints,
         run.step,
@@ -215,9 +253,12 @@ def save(run: Run) -> None:
     )
 
 
-def resume(run: Run) -> None:
+def resume(run: Run, keeper: "Keeper | None") -> None:
     """Goes to the newest whole checkpoint, if there is one."""
-    saved = checkpoint.restore(run.checkpoints, run.model, run.optimizer, say)
+    if keeper is not None:
+        saved = keeper.restore(run.model, run.optimizer, run.cuts, say)
+    else:
+        saved = checkpoint.restore(run.checkpoints, run.model, run.optimizer, say)
     if saved is not None:
         run.step = saved.step
         run.loader.load_state_dict(saved.position)

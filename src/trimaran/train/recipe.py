@@ -177,6 +177,18 @@ class PretrainRecipe(Settings):
         tables["model"] = {**model, "vocab_size": size}
         return tables
 
+    @model_validator(mode="after")
+    def _dealt_out(self) -> "PretrainRecipe":
+        spread = self.parallel
+        rows, tokens = self.train.batch_size, self.data.sequence_length
+        for found, size, parts, axes in (
+            (f"train.batch_size = {rows}", rows, spread.rows, "replicate x fsdp"),
+            (f"data.sequence_length = {tokens}", tokens, spread.cp * spread.tp, "cp x tp"),
+        ):
+            if size % parts:
+                raise Refusal(found, f"a multiple of {axes} = {parts}", "change it, or the sizes under [parallel]")
+        return self
+
 
 # Changing these changes the order of the data not at all, and the weights in their last digits at most: what paths hold
 # is checked by digests.

@@ -1,0 +1,90 @@
+"""`trimaran train` in several processes as torchrun would start them, but forked in milliseconds; and what is watched.
+
+The launcher itself is in test_launch.py. Processes are judged by what they wrote and by their exit codes.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.parallel.compare import apart
+from tests.train.runs import server
+from trimaran import cli
+
+PATIENCE = 90  # seconds until a process counts as hung
+
+
+def rank_of(rank: int, size: int, port: int, path: str, overrides: list[str], log: str) -> None:
+    """One process: `trimaran train PATH OVERRIDES`, its words in the file `log`."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        cli.main(["train", path, *overrides])
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def start(path: Path, size: int, *overrides: str) -> list[ForkServerProcess]:
+    """`trimaran train` over `size` processes, by fsdp unless overrides say otherwise; rank-N.log beside the recipe."""
+    port = free_port()
+    words = [f"parallel.fsdp={size}", *overrides]
+    if size == 1:
+        from tests.train import runs
+
+        return [runs.start(path, *overrides)]
+    found = []
+    for rank in range(size):
+        log = str(path.with_name(f"rank-{rank}.log"))
+        found.append(server().Process(target=rank_of, args=(rank, size, port, str(path), words, log)))
+    for process in found:
+        process.start()
+    return found
+
+
+def ended(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Exit codes; what still runs after PATIENCE is killed and has none."""
+    until = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    hung = [process for process in processes if process.exitcode is None]
+    for process in hung:
+        process.kill()
+        process.join()
+    return [None if process in hung else process.exitcode for process in processes]
+
+
+def finish(path: Path, size: int, *overrides: str) -> Path:
+    """Runs to the last step; the run folder."""
+    codes = ended(start(path, size, *overrides))
+    words = "\n".join(log.read_text() for log in sorted(path.parent.glob("*.log")))
+    assert codes == [0] * size, (codes, words)
+    return path.parent / "run"
+
+
+def until(met: Callable[[], bool], processes: list[ForkServerProcess]) -> bool:
+    """Waits until something is so; False where the processes were gone before."""
+    while not met():
+        if not all(process.is_alive() for process in processes):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def check_near(run: Path, truth: Path, tolerance: float) -> None:
+    """The weights of two hub folders; 0: the same bits."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, truth))
+    assert ours.keys() == theirs.keys()
+    wrong = {name: apart(ours[name], theirs[name]) for name in theirs}
+    assert max(wrong.values()) <= tolerance, max(wrong.items(), key=lambda one: one[1])
