@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 import trimaran
 from tests.models import tiny
-from tests.train.runs import WORDS, read_recipe
+from tests.train.runs import WORDS, command, environment, read_recipe
 from trimaran import cli, config
 from trimaran.errors import Refusal
 from trimaran.model.hub import read_config
@@ -138,6 +139,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(start, book):
         (["data.recall.text={count=3}"], "recall.text beside text of that name"),
         (["data.recall.far.count=0"], "data.recall.far.count = 0"),
         (["data.recall.far.facts=9"], "2 to names = 8"),
+        (["parallel.fsdp=4"], "2 rows of 128 in a step; allowed: a multiple of replicate x fsdp = 4"),
         (["tokenizer.vocab_size=9"], "unknown key 'tokenizer"),
     ],
 )
@@ -165,3 +167,20 @@ def test_what_a_model_says_is_compared_with_the_value():
             model.lm_head.weight.zero_()[said] = model.hidden(torch.tensor([[0]]))[0, 0]
             assert recalled(model, tokenizer, task, 20) == values.count(value) / 20
     assert len(set(values)) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(start, book):
+    """The same command with parallel.fsdp=2: the same text, order and, but for rounding, weights."""
+    path = book.parent / "long.toml"
+    config.write(recipe(start, book), path)
+    for name, words in (("one", ()), ("two", ("parallel.fsdp=2",))):
+        told = subprocess.run(
+            [*command(path, f"run={book.parent / name}", *words)], capture_output=True, text=True, env=environment()
+        )
+        assert told.returncode == 0, told.stderr
+    one, two = (trimaran.load(book.parent / name).state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    result = json.loads((book.parent / "two" / "result.json").read_text())
+    assert "after" not in result and "measured on one process" in told.stdout

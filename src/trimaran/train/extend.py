@@ -20,13 +20,15 @@ from trimaran.data.shards import TokenShards
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.memory import keep_freed_memory
+from trimaran.parallel.launch import in_turn, joined
+from trimaran.parallel.world import World
 from trimaran.report import say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import prepare, pretrain
 from trimaran.train.extend_recipe import ExtendRecipe, LongData
 from trimaran.train.folder import absolute, carry_out, saved
 from trimaran.train.loop import Run
-from trimaran.train.prepare import Prepared, Texts, within
+from trimaran.train.prepare import Prepared, Texts, place, within
 from trimaran.train.recall import recalled
 from trimaran.train.recipe import Architecture, PretrainRecipe, TokenizerSettings
 from trimaran.train.sft import opened_model
@@ -45,35 +47,42 @@ def main(recipe: ExtendRecipe) -> int:
     keep_freed_memory()
     data = pretrain.located_data(recipe.data)
     recipe = recipe.model_copy(update={"start": absolute(recipe.start), "run": absolute(recipe.run), "data": data})
-    stage = Extension(recipe)
-    return carry_out(recipe, stage.begin, stage.finish)
+    with joined(recipe.parallel, place(recipe.train.device)) as world:
+        stage = Extension(recipe, world)
+        return carry_out(recipe, stage.begin, stage.finish, world)
 
 
 class Extension:
-    """A run of this stage: `begin` at its first step, `finish` after the last. `held_out`: windows of each length."""
+    """A run of this stage: `begin` at its first step, `finish` after the last. `held_out`: windows of each length.
 
-    def __init__(self, recipe: ExtendRecipe):
-        self.recipe = recipe
+    Before and after are measured where one process has the whole model; elsewhere that is said.
+    """
+
+    def __init__(self, recipe: ExtendRecipe, world: World | None = None):
+        self.recipe, self.world = recipe, world or World(device=place(recipe.train.device))
         self.held_out: dict[int, list[Windows]] = {}
 
     def begin(self, texts: Texts | None = None) -> Run:
-        """Text is encoded before the model is opened. Measures the model as it is, unless that was done before."""
+        """Measures the model as it is, unless that was done before. Raises Refusal for texts that cannot be used."""
         recipe, folder = self.recipe, Path(self.recipe.run)
         if not Path(recipe.start).is_dir():
             raise Refusal(f"start = {recipe.start!r} is no folder", "a run or hub folder", "correct start")
         tokenizer = Tokenizer.load(recipe.start)
         model = opened_model(recipe.start, recipe.train.device, tokenizer)
-        prepared = self.prepared(model, texts)
+        longest = max(model.config.max_position_embeddings, *recipe.data.lengths())
+        model.config = model.config.replace(max_position_embeddings=longest)
+        prepared = in_turn(self.world, lambda: self.prepared(model, texts))
         check_lengths(recipe.data, prepared.training)
-        run = prepare.begin(self.as_pretraining(model), prepared, "extend", model)
         self.held_out = {length: self.windows(prepared, length) for length in recipe.data.lengths()}
-        if not (folder / BEFORE).is_file():
-            before = self.measured(run.model, tokenizer)
+        if not self.world.alone:
+            say("what was reached is measured on one process alone; held_out_loss in metrics.jsonl is of short rows")
+        elif not (folder / BEFORE).is_file():
+            before = self.measured(model, tokenizer)
             with writing(folder):
                 temporary = folder / f".{BEFORE}"
                 temporary.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
                 os.replace(temporary, folder / BEFORE)
-        return run
+        return prepare.begin(self.as_pretraining(model), prepared, "extend", model, self.world)
 
     def as_pretraining(self, model: HybridModel) -> PretrainRecipe:
         """The same run as pretraining would have it: what remains of the stage is where the weights come from."""
@@ -87,16 +96,15 @@ class Extension:
             model=architecture,
             data=recipe.data,
             train=recipe.train,
+            parallel=recipe.parallel,
         )
 
     def prepared(self, model: HybridModel, texts: Texts | None) -> Prepared:
-        """Encoded text, key recall among it; the configuration is the model's own, its longest context noted."""
+        """Encoded text, key recall among it; the configuration is the model's own."""
         recipe = self.recipe
         texts = prepare.read(recipe.data) if texts is None else texts
         drawn = {name: Recalled(one.task(), one.count, recipe.seed) for name, one in recipe.data.recall.items()}
         texts = Texts({**texts.training, **drawn}, texts.held_out)
-        longest = max(model.config.max_position_embeddings, *recipe.data.lengths())
-        model.config = model.config.replace(max_position_embeddings=longest)
         return replace(prepare.prepare(self.as_pretraining(model), texts), config=model.config)
 
     def windows(self, prepared: Prepared, length: int) -> list[Windows]:
@@ -119,6 +127,8 @@ class Extension:
 
     def finish(self, run: Run) -> dict[str, Any]:
         """The folder as `folder.saved` leaves it, before and after in result.json; prints both."""
+        if not self.world.alone:
+            return saved(run)
         before: Measures = json.loads((run.folder / BEFORE).read_text(encoding="utf-8"))
         assert run.tokenizer is not None
         after = self.measured(run.model, run.tokenizer)

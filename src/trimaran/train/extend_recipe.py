@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from trimaran.config import Settings
 from trimaran.errors import Refusal
+from trimaran.parallel.settings import ParallelSettings
 from trimaran.tasks.recall import Recall
 from trimaran.train.recipe import DataSettings, TrainSettings
 
@@ -61,3 +62,19 @@ class ExtendRecipe(Settings):
     seed: int = Field(0, ge=0)
     data: LongData
     train: ConstantTrain
+    parallel: ParallelSettings = ParallelSettings()
+
+    @model_validator(mode="after")
+    def _dealt_out(self) -> "ExtendRecipe":
+        """Long rows are few, and each process needs as many as the others."""
+        tokens, spread = self.train.batch_size * self.data.sequence_length, self.parallel
+        for length in self.data.lengths():
+            rows = tokens // length
+            for found, size, parts, axes in (
+                (f"{rows} rows of {length} in a step", rows, spread.rows, "replicate x fsdp"),
+                (f"rows of {length}", length, spread.cp * spread.tp, "cp x tp"),
+            ):
+                if size % parts:
+                    step = "change train.batch_size or the length, or the sizes under [parallel]"
+                    raise Refusal(found, f"a multiple of {axes} = {parts}", step)
+        return self
