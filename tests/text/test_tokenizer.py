@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import tokenizers
@@ -173,3 +174,43 @@ def test_a_role_that_is_no_token_is_refused(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}')
     with pytest.raises(Refusal, match=r"^eos_token = 3; allowed: a token of the vocabulary"):
         Tokenizer.load(tmp_path)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_saved_folder_says_where_a_turn_ends(saved, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GenerationConfig.from_pretrained(saved)
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == ([2, 4], 1, 0)
+    Tokenizer.load(saved).save(tmp_path)
+    assert files(tmp_path) == files(saved)
+
+
+def test_a_folder_keeps_its_own_generation_config(saved, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(saved, one)
+    own = transformers.GenerationConfig(
+        eos_token_id=[9, 4], pad_token_id=7, temperature=0.6, top_p=0.95, do_sample=True
+    )
+    own.save_pretrained(one)
+    Tokenizer.load(one).save(two)
+    theirs = transformers.GenerationConfig.from_pretrained(two)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == ([9, 4, 2], 7, 1)
+    assert (theirs.temperature, theirs.top_p, theirs.do_sample) == (0.6, 0.95, True)
+    before = files(two)
+    Tokenizer.load(two).save(two)
+    assert files(two) == before
+
+
+@pytest.mark.parametrize(("ends", "wanted"), [(5, [5, 2, 4]), ([5, 2], [5, 2, 4]), (None, [2, 4])])
+def test_without_a_generation_config_the_ends_are_those_of_config_json(saved, tmp_path, ends, wanted):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    said = json.loads((tmp_path / "generation_config.json").read_text())
+    assert said["eos_token_id"] == wanted

@@ -59,6 +59,7 @@ def test_a_run_learns(done):
 
 def test_the_run_folder_is_a_hub_folder(done):
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    names |= {"generation_config.json"}
     assert names | {"recipe.toml", "metrics.jsonl", "curve.png", "result.json", "checkpoints"} <= set(os.listdir(done))
     model, tokenizer = trimaran.load(done), trimaran.load_tokenizer(done)
     assert model.config.vocab_size == tokenizer.vocab_size

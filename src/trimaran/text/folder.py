@@ -1,10 +1,13 @@
 """What a hub folder says beside tokenizer.json: the roles of its tokens, its chat template."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimaran.errors import Refusal
+
+GENERATION = "generation_config.json"
 
 
 def content_of(token: Any) -> str | None:
@@ -19,11 +22,29 @@ def fill_roles(config: dict[str, Any], document: dict[str, Any], folder: Path) -
     by_id |= {identity: token for token, identity in document.get("model", {}).get("vocab", {}).items()}
     for role in ("bos_token", "eos_token", "pad_token"):
         config[role] = content_of(config.get(role)) or content_of(texts.get(role))
-        for name in ("generation_config.json", "config.json"):
+        for name in (GENERATION, "config.json"):
             if config[role] is None:
                 identity = (read_json(folder / name) or {}).get(f"{role}_id")
                 first = identity[0] if isinstance(identity, list) and identity else identity
                 config[role] = by_id.get(first)
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a hub folder; where there is none, the ids that end a text by its config.json."""
+    own = read_json(folder / GENERATION)
+    if own is not None:
+        return own
+    ends = (read_json(folder / "config.json") or {}).get("eos_token_id")
+    return {} if ends is None else {"eos_token_id": ends}
+
+
+def with_ends(given: dict[str, Any], roles: dict[str, int], ends: Sequence[int]) -> dict[str, Any]:
+    """generation_config.json with every id of `ends` among those that stop, and the `roles` that it leaves open: by it
+    other programs stop where a turn ends, for config.json often names the end of a document alone."""
+    listed = given.get("eos_token_id")
+    theirs = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    more = {f"{role}_id": identity for role, identity in roles.items() if given.get(f"{role}_id") is None}
+    return {**given, **more, "eos_token_id": list(dict.fromkeys([*theirs, *ends]))}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -23,7 +23,16 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from trimaran.errors import Refusal, nearest_first
-from trimaran.text.folder import as_json, content_of, fill_roles, read_json, read_template
+from trimaran.text.folder import (
+    GENERATION,
+    as_json,
+    content_of,
+    fill_roles,
+    read_generation,
+    read_json,
+    read_template,
+    with_ends,
+)
 from trimaran.text.template import NEMOTRON_3
 
 TURNS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -48,9 +57,16 @@ class Tokenizer:
     template (jinja source) or None.
     """
 
-    def __init__(self, document: dict[str, Any], config: dict[str, Any], template: str | None):
-        """`document` is tokenizer.json, `config` tokenizer_config.json with its roles filled in (see `load`)."""
-        self.document, self.config, self.template = document, config, template
+    def __init__(
+        self,
+        document: dict[str, Any],
+        config: dict[str, Any],
+        template: str | None,
+        generation: dict[str, Any] | None = None,
+    ):
+        """`document` is tokenizer.json, `config` tokenizer_config.json with its roles filled in (see `load`),
+        `generation` what a folder's generation_config.json says."""
+        self.document, self.config, self.template, self.generation = document, config, template, generation or {}
         self.plain = backend_of(document)
         self.plain.encode_special_tokens = True  # text can not spell a control token
         added = document.get("added_tokens", [])
@@ -183,14 +199,20 @@ class Tokenizer:
         check_document(document)
         config = read_json(folder / "tokenizer_config.json") or {}
         fill_roles(config, document, folder)
-        return cls(document, config, read_template(folder, config))
+        return cls(document, config, read_template(folder, config), read_generation(folder))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers opens as well."""
+        """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json (where texts and
+        turns end), which transformers opens as well."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        texts = {"tokenizer.json": as_json(self.document), "tokenizer_config.json": as_json(config)}
+        named = {role: self.role(role) for role in ("bos_token", "pad_token") if config.get(role)}
+        texts = {
+            "tokenizer.json": as_json(self.document),
+            "tokenizer_config.json": as_json(config),
+            GENERATION: as_json(with_ends(self.generation, named, self.stop_ids)),
+        }
         if self.template is not None:
             texts["chat_template.jinja"] = self.template
         for name, text in texts.items():

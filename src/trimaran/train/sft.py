@@ -71,7 +71,8 @@ def opened_tokenizer(start: str) -> Tokenizer:
     tokenizer = Tokenizer.load(start)
     if tokenizer.template is not None:
         return tokenizer
-    return Tokenizer(tokenizer.document, tokenizer.config, NEMOTRON_3.read_text(encoding="utf-8"))
+    template = NEMOTRON_3.read_text(encoding="utf-8")
+    return Tokenizer(tokenizer.document, tokenizer.config, template, tokenizer.generation)
 
 
 def opened_model(start: str, device: str, tokenizer: Tokenizer) -> HybridModel:
