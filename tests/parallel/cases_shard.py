@@ -2,15 +2,46 @@
 
 from functools import partial
 
-from tests.parallel.compare import compare
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.parallel.compare import begin, compare
+from trimaran.parallel.settings import ParallelSettings
+from trimaran.parallel.world import join
+from trimaran.train.loop import train_step
+from trimaran.train.recipe import TrainSettings
 
 
 def case(sizes: dict[str, int], kind: str, size: int, **more: object) -> None:
     compare(sizes, kind, **more)
 
 
+def traffic(size: int) -> None:
+    """Per step: a unit's weights are gathered once per part and direction, the root's once per part; gradients are
+    added up once, however many parts there are, and the numbers of a step with the norm in two exchanges more."""
+    units, root = 5, 1  # "M-M*-"
+    for accumulate in (1, 2):
+        found = exchanges({"fsdp": size}, accumulate)
+        assert found["gather"] == accumulate * (2 * units + root), found
+        assert found["reduce"] == units + root + 2, found
+    assert exchanges({"replicate": size}, 2) == {"gather": 0, "reduce": units + root + 2}
+
+
+def exchanges(sizes: dict[str, int], accumulate: int) -> dict[str, int]:
+    """How often a step's processes exchange something."""
+    world = join(ParallelSettings(**sizes), torch.device("cpu"))
+    run = begin("dense", TrainSettings(steps=2, batch_size=4, lr=1e-3, accumulate=accumulate), world, {})
+    train_step(run, next(run.loader), 1e-3)
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        train_step(run, next(run.loader), 1e-3)
+    counts = {event.key: event.count for event in watched.key_averages()}
+    # gloo adds up and scatters by the same routine
+    return {"gather": counts.get("gloo:all_gather", 0), "reduce": counts.get("gloo:all_reduce", 0)}
+
+
 BOTH = {"pattern": "M*W-RM", "mtp_pattern": "*"}  # no experts
 CASES = {
+    "traffic of a step": (2, traffic),
     "fsdp on the sphere": (2, partial(case, {"fsdp": 2}, "ngpt")),
     "fsdp of three kinds": (2, partial(case, {"fsdp": 2}, "qwen", accumulate=2)),
     "muon over fsdp": (2, partial(case, {"fsdp": 2}, "everything", train={"optimizer": "muon"})),

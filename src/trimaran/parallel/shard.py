@@ -45,7 +45,9 @@ def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ())
     if world.settings.tp > 1:
         units.append(model.backbone.norm_f)  # embedding and head, the root's other parameters, are cut
     for unit in units:
-        unite([unit], whole)
+        # What tp leaves whole in a block without experts is a norm's weight: not worth bringing twice.
+        few = world.settings.tp > 1 and not any(isinstance(module, MoE) for module in unit.modules())
+        unite([unit], whole, reshard_after_forward=not few)
     unite([model], mesh_of(world, "cut") if world.settings.tp > 1 else whole, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
 

@@ -209,12 +209,18 @@ def cut_ends(knife: Knife, model: HybridModel) -> None:
         if model.lm_head.s_z is not None:
             knife.keep(model.lm_head.s_z, "weight", 0, (span,))
 
+    def all_ids(module: nn.Module, inputs: tuple[Any, ...], logits_BTV: Tensor) -> Tensor:
+        each = -(-model.config.vocab_size // knife.size)  # the last process may have fewer
+        padded_BTV = F.pad(logits_BTV, (0, each - logits_BTV.shape[-1]))
+        return gather(padded_BTV, group, 2)[..., : model.config.vocab_size]
+
     def behind(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return gather(output, group, 1)
 
     def own(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].chunk(knife.size, 1)[knife.rank],)
 
+    model.register_forward_hook(all_ids)  # of model(tokens); the loss asks for `hidden`, and the head for its own
     model.backbone.norm_f.register_forward_hook(behind)
     if model.mtp is not None:
         first, last = model.mtp.ends()
