@@ -9,7 +9,7 @@ from tests.engine.workloads import at_rest, compare, oracle, requests, small
 from trimaran.engine.engine import Engine
 from trimaran.engine.request import EngineSettings, Request
 from trimaran.engine.sampler import Sampling
-from trimaran.engine.worth import MOSTS, Worth
+from trimaran.engine.worth import LONGEST, UNLIMITED, Worth
 
 
 def spent(worth: Worth, rows: int, passes: int, cost: float, likely: float, dice: random.Random) -> tuple[float, float]:
@@ -19,20 +19,19 @@ def spent(worth: Worth, rows: int, passes: int, cost: float, likely: float, dice
     def gain(k: int) -> float:
         return sum(likely**n for n in range(k + 1))
 
-    lengths = {most: min(most, 8) for most in MOSTS}
-    best = min((1 + cost * k) / gain(k) for k in lengths.values())
+    best = min((1 + cost * k) / gain(k) for k in range(LONGEST + 1))
     seconds = tokens = 0.0
     for _ in range(passes):
-        k, said = lengths[worth.most(rows)], 0
+        k, drafts = min(worth.most(rows), LONGEST), []
         for _ in range(rows):
-            own = 1
-            while own <= k and dice.random() < likely:
-                own += 1
-            said += own
+            stood = 0
+            while stood < k and dice.random() < likely:
+                stood += 1
+            drafts.append((k, stood))
         took = 1 + cost * k
-        worth.note(rows, said, took)
+        worth.note(rows, drafts, took)
         seconds += took
-        tokens += said / rows
+        tokens += sum(1 + stood for _, stood in drafts) / rows
     return seconds / tokens, best
 
 
@@ -56,7 +55,7 @@ def test_a_changed_world_is_noticed_and_batches_are_told_apart():
         for rows, cost in ((1, 0.0), (9, 2.0)):
             chosen[rows][worth.most(rows)] += 1
             spent(worth, rows, 1, cost, 0.8, dice)
-    assert chosen[1].most_common(1)[0][0] == MOSTS[0] and chosen[9].most_common(1)[0][0] == 0
+    assert chosen[1].most_common(1)[0][0] == UNLIMITED and chosen[9].most_common(1)[0][0] == 0
 
 
 class Clock:

@@ -178,7 +178,8 @@ class Engine:
         self.leave(pieces)
         self.shares = []
         if self.worth is not None and len(due) == sum(share.count for share in shares) == decoding:
-            self.worth.note(decoding, sum(len(piece.tokens) for piece in pieces), self.clock() - began)
+            made = [(len(share.drafts), share.kept - 1 if share.drafts else 0) for share in shares]
+            self.worth.note(decoding, made, self.clock() - began)
         return pieces
 
     @property
