@@ -1,9 +1,9 @@
 """Merged checkpoints of a constant learning rate, beside the last of them and beside a run that decays.
 
-    nice -n 15 env OMP_NUM_THREADS=1 python benchmarks/merge.py --out runs/merge       # three seeds, about ten minutes
+    nice -n 15 env OMP_NUM_THREADS=1 python benchmarks/merge.py --out runs/merge      # three seeds, about three minutes
 
 Every run is the real command over the interpreter's own library, one thread each: `constant` never lowers its rate and
-keeps a checkpoint every 25 steps; `decayed` takes the same steps of the same data and decays over the last 200. Merges
+keeps a checkpoint every 20 steps; `decayed` takes the same steps of the same data and decays over the last 140. Merges
 are made by `trimaran convert --merge` and scored as the runs are, on held-out packages. Runs that are finished are not
 run again. Writes results/merge.json.
 """
@@ -45,10 +45,10 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 128,
     "routed_scaling_factor": 2.5,
 }
-STEPS, EVERY, KEPT, LENGTH, HELD_OUT = 600, 25, 16, 128, 60_000
+STEPS, EVERY, KEPT, LENGTH, HELD_OUT = 400, 20, 16, 128, 40_000
 TRAIN = {
     "steps": STEPS,
-    "batch_size": 16,
+    "batch_size": 8,
     "optimizer": "muon",
     "muon_momentum": 0.9,
     "muon_times": 1.33,
@@ -60,8 +60,8 @@ TRAIN = {
     "checkpoint_every": EVERY,
     "keep": KEPT,
 }
-DECAY_STEPS = 200
-MERGES = [(profile, last) for profile in ("minus_sqrt", "uniform", "cosine") for last in (4, 8, 16)]
+DECAY_STEPS = 140
+MERGES = [(profile, last) for profile in ("minus_sqrt", "uniform") for last in (4, 8, 16)]
 
 
 def main() -> None:

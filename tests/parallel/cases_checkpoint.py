@@ -15,8 +15,10 @@ from trimaran.model.hybrid import HybridModel
 from trimaran.parallel.places import local
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.parallel.world import World, join
+from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint, sharded
 from trimaran.train.loop import Run, train_step
+from trimaran.train.merge import merge
 from trimaran.train.recipe import TrainSettings
 
 TRAIN = TrainSettings(steps=9, batch_size=4, lr=1e-3, eps=1e-5, aux_loss=1e-2, router_bias_rate=1e-2)
@@ -160,6 +162,25 @@ def damage(size: int) -> None:
     check_equal(state(run), before)
 
 
+def merged(sizes: Sizes) -> None:
+    """The mean of two sharded checkpoints, made by one process."""
+    folder, run = shared_folder(), begun(sizes, "latent")
+    tokenizer = Tokenizer.train(["sail rope mast"] * 3, 300)
+    held: list[dict[str, Tensor]] = []
+    with sharded.Keeper(folder, run.world, keep=2, tokenizer=tokenizer) as keeper:
+        for _ in range(2):
+            steps(run, 1)
+            keeper.save(run.step, run.model, run.optimizer, run.cuts, run.loader.state_dict())
+            held.append(whole(dict(run.model.state_dict()), run))
+    if dist.get_rank() == 0:
+        merge([folder / "step-1", folder / "step-2"], folder / "merged", "uniform")
+        found = hub.load(folder / "merged").state_dict()
+        check_equal(found, {name: ((held[0][name].double() + held[1][name]) / 2).float() for name in found})
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
 CASES = {
     "checkpoint of fsdp on 2": (2, lambda size: round_trip({"fsdp": 2}, {"replicate": 2})),
     "checkpoint of replicas on 2": (2, lambda size: round_trip({"replicate": 2})),
@@ -168,4 +189,5 @@ CASES = {
     "checkpoint of fsdp x replicas on 4": (4, lambda size: round_trip({"replicate": 2, "fsdp": 2})),
     "checkpoint of one process read by 4": (4, lambda size: from_one({"fsdp": 4})),
     "checkpoint damaged": (4, damage),
+    "checkpoints merged": (2, lambda size: merged({"fsdp": 2})),
 }
