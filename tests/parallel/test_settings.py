@@ -1,11 +1,15 @@
 """Sizes that do not fit are refused before any process is asked."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.train.runs import read_recipe
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.parallel.world import join
+from trimaran.train.sft_recipe import SftRecipe
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,23 @@ def test_one_process_needs_no_group() -> None:
 def test_the_number_of_processes_is_the_layouts() -> None:
     with pytest.raises(Refusal, match="1 processes for pp 1 x replicate 1 x fsdp 2 x cp 1 x tp 1"):
         join(ParallelSettings(fsdp=2), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"parallel.fsdp": "3"}, "4 rows of 32 in a step"),
+        ({"parallel.tp": "3"}, "rows of 32; allowed: a multiple of cp x tp = 3"),
+        ({"parallel.fsdp": "2", "data.mixture.phases": "[{lengths = [{sequence_length = 128}]}]"}, "1 rows of 128"),
+        ({"parallel.tp": "2", "train.optimizer": "'muon'"}, "muon"),
+    ],
+)
+def test_recipes_that_cannot_be_spread(changes: dict[str, str], found: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=found):
+        read_recipe(tmp_path, *(f"{key}={value}" for key, value in changes.items()))
+
+
+def test_other_stages_have_no_such_table() -> None:
+    given = {"run": "runs/x", "start": "runs/y", "data": {"path": "a.jsonl"}, "train": {"steps": 1, "lr": 1e-3}}
+    with pytest.raises(Refusal, match="unknown key .parallel."):
+        SftRecipe(**given, parallel={"fsdp": 2})

@@ -8,7 +8,7 @@ from trimaran.config import Settings
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.tasks.recall import Recall
-from trimaran.train.recipe import DataSettings, TrainSettings
+from trimaran.train.recipe import DataSettings, TrainSettings, check_spread
 
 
 class RecallTexts(Recall):
@@ -67,14 +67,5 @@ class ExtendRecipe(Settings):
     @model_validator(mode="after")
     def _dealt_out(self) -> "ExtendRecipe":
         """Long rows are few, and each process needs as many as the others."""
-        tokens, spread = self.train.batch_size * self.data.sequence_length, self.parallel
-        for length in self.data.lengths():
-            rows = tokens // length
-            for found, size, parts, axes in (
-                (f"{rows} rows of {length} in a step", rows, spread.rows, "replicate x fsdp"),
-                (f"rows of {length}", length, spread.cp * spread.tp, "cp x tp"),
-            ):
-                if size % parts:
-                    step = "change train.batch_size or the length, or the sizes under [parallel]"
-                    raise Refusal(found, f"a multiple of {axes} = {parts}", step)
+        check_spread(self.parallel, self.train, self.data.sequence_length, self.data.mixture)
         return self

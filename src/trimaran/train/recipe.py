@@ -179,15 +179,26 @@ class PretrainRecipe(Settings):
 
     @model_validator(mode="after")
     def _dealt_out(self) -> "PretrainRecipe":
-        spread = self.parallel
-        rows, tokens = self.train.batch_size, self.data.sequence_length
+        check_spread(self.parallel, self.train, self.data.sequence_length, self.data.mixture)
+        return self
+
+
+def check_spread(spread: ParallelSettings, train: TrainSettings, sequence_length: int, mixture: Mixture) -> None:
+    """Refuses a layout over which the steps of some phase, or the optimizer, cannot be spread."""
+    if train.optimizer == "muon" and spread.tp > 1:
+        found = f'train.optimizer = "muon" with parallel.tp = {spread.tp}'
+        raise Refusal(found, "tp = 1: it needs whole matrices", 'set parallel.tp=1, or train.optimizer="adamw"')
+    phases = range(len(mixture.phases))
+    lengths = {one.sequence_length for phase in phases for one in mixture.lengths_of(phase, sequence_length)}
+    for length in sorted(lengths | {sequence_length}):
+        rows = train.batch_size * sequence_length // length
         for found, size, parts, axes in (
-            (f"train.batch_size = {rows}", rows, spread.rows, "replicate x fsdp"),
-            (f"data.sequence_length = {tokens}", tokens, spread.cp * spread.tp, "cp x tp"),
+            (f"{rows} rows of {length} in a step", rows, spread.rows, "replicate x fsdp"),
+            (f"rows of {length}", length, spread.cp * spread.tp, "cp x tp"),
         ):
             if size % parts:
-                raise Refusal(found, f"a multiple of {axes} = {parts}", "change it, or the sizes under [parallel]")
-        return self
+                step = "change train.batch_size or the length, or the sizes under [parallel]"
+                raise Refusal(found, f"a multiple of {axes} = {parts}", step)
 
 
 # Changing these changes the order of the data not at all, and the weights in their last digits at most: what paths hold
