@@ -31,6 +31,7 @@ from trimaran.train.recipe import TrainSettings
 from trimaran.train.validate import HeldOut, evaluate
 
 if TYPE_CHECKING:
+    from trimaran.parallel.pipeline import Pipeline
     from trimaran.train.sharded import Keeper
 
 
@@ -93,10 +94,15 @@ class Run:
     asked: int | None = None
     stopping: bool = False
     parameters: list[torch.nn.Parameter] = field(init=False)
+    pipeline: "Pipeline | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.recompute(self.settings.recompute)
+        if self.world.settings.pp > 1:
+            from trimaran.parallel.pipeline import Pipeline  # a second of imports, for those who have one
+
+            self.pipeline = Pipeline(self.model, self.world)
 
     @property
     def checkpoints(self) -> Path:
@@ -160,7 +166,7 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     streams = run.world.share(objective.streams(batch, run.step)).to(model.device)
     run.optimizer.zero_grad(set_to_none=True)
     seen = run.world.total({**gradients(run, streams), **signals(run)})
-    seen["grad_norm"] = clip(run.parameters, run.settings.clip, run.world)
+    seen["grad_norm"] = clip(run.parameters, run.settings.clip, run.world, run.pipeline.copies if run.pipeline else ())
     seen |= objective.observed()
     values = dict(zip(seen, torch.stack([value.float() for value in seen.values()]).tolist()))
     run.stopping = values.pop(SIGNALS, 0.0) > 0
@@ -183,6 +189,8 @@ def signals(run: Run) -> dict[str, Tensor]:
 
 def gradients(run: Run, streams: Rows) -> dict[str, Tensor]:
     """Losses and their gradients, a part of the rows at a time; the terms by name, added up."""
+    if run.pipeline is not None:
+        return run.pipeline.gradients(run.objective, parts(streams, run.pipeline.count), lambda: autocast(run))
     seen: dict[str, Tensor] = {}
     pieces = parts(streams, run.settings.accumulate)
     for number, part in enumerate(pieces, 1):
