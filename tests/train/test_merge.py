@@ -153,7 +153,8 @@ def convert(*words: str) -> int:
 def test_the_command_merges_the_last_checkpoints(run, tmp_path, capsys):
     out = tmp_path / "merged"
     assert convert("--merge", str(run.folder), str(out), "last=3", "profile=cosine") == 0
-    assert "step-8" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "0.50000  " in told and "step-8" in told and "the learning rate fell" not in told
     record = json.loads((out / "merge.json").read_text())
     assert [Path(name).name for name in record["checkpoints"]] == ["step-8", "step-10", "step-12"]
     assert list(record["checkpoints"].values()) == coefficients("cosine", 3)
@@ -165,6 +166,13 @@ def test_the_command_merges_the_last_checkpoints(run, tmp_path, capsys):
         torch.testing.assert_close(tensor.double(), whole, rtol=1e-6, atol=1e-8)
     text = "sea hull mast"
     assert trimaran.load_tokenizer(out).encode(text) == run.tokenizer.encode(text)
+
+
+def test_checkpoints_of_a_decay_are_said_to_be_that(tmp_path, capsys):
+    recipe = read_recipe(tmp_path, decay=0.8, keep=6, steps=6, checkpoint_every=2)
+    assert fit(begin(recipe, prepare(recipe))) == 0
+    assert convert("--merge", recipe.run, str(tmp_path / "merged")) == 0
+    assert "the learning rate fell from 1.7e-03 to 3.2e-04" in capsys.readouterr().out
 
 
 def test_all_that_was_kept_is_merged_where_nothing_is_said(run, tmp_path):

@@ -32,7 +32,7 @@ from trimaran.model import adapter, hub
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import build
 from trimaran.model.names import Piece
-from trimaran.report import environment, say
+from trimaran.report import environment, read_metrics, say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint, sharded
 from trimaran.train.schedule import SHAPES
@@ -62,15 +62,11 @@ def main(target: str, overrides: Sequence[str], out: str | None = None) -> int:
     """Merges checkpoints of the run folder `target` into the new hub folder `out`."""
     settings = config.load(MergeSettings, None, overrides)
     if out is None:
-        raise Refusal(
-            "no folder for the merged model", "trimaran convert --merge RUN OUT", "name a new folder after RUN"
-        )
+        raise Refusal("no folder for the result", "trimaran convert --merge RUN OUT", "name a new folder after RUN")
     folders = chosen(Path(target), settings)
-    say(
-        "\n".join(
-            f"{share:8.5f}  {folder}" for folder, share in zip(folders, coefficients(settings.profile, len(folders)))
-        )
-    )
+    for folder, share in zip(folders, coefficients(settings.profile, len(folders))):
+        say(f"{share:8.5f}  {folder}")
+    tell_of_decay(Path(target), folders)
     merge(folders, Path(out), settings.profile, settings.shard_bytes)
     say(f"saved in {out}; continue a text: trimaran generate {out}")
     return 0
@@ -111,6 +107,16 @@ def chosen(run: Path, settings: MergeSettings) -> list[Path]:
         found_words = f"checkpoints at steps {', '.join(map(str, steps))}"
         raise Refusal(found_words, "equal distances, for a profile is a decay over time", "choose with steps=[…]")
     return [folder / f"step-{step}" for step in steps]
+
+
+def tell_of_decay(run: Path, folders: Sequence[Path]) -> None:
+    """Says so where the learning rate fell between the checkpoints, for then they hold a decay already."""
+    first, last = (int(folder.name.removeprefix("step-")) for folder in (folders[0], folders[-1]))
+    rates = [
+        line["lr"] for line in read_metrics(run / "metrics.jsonl") if first < line["step"] <= last and "lr" in line
+    ]
+    if rates and rates[-1] < rates[0]:
+        say(f"the learning rate fell from {rates[0]:.1e} to {rates[-1]:.1e} meanwhile: merging stands in for a decay")
 
 
 class Weighted:
