@@ -56,5 +56,5 @@ def test_recipes_that_cannot_be_spread(changes: dict[str, str], found: str, tmp_
 
 def test_other_stages_have_no_such_table() -> None:
     given = {"run": "runs/x", "start": "runs/y", "data": {"path": "a.jsonl"}, "train": {"steps": 1, "lr": 1e-3}}
-    with pytest.raises(Refusal, match="unknown key .parallel."):
+    with pytest.raises(Refusal, match=r"unknown key .parallel."):
         SftRecipe(**given, parallel={"fsdp": 2})
