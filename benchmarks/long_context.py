@@ -43,7 +43,7 @@ from trimaran.train.validate import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
 SHORT, LONG, LENGTHS, PROBLEMS = 128, 512, (128, 256, 512), 250
-STEPS, ROWS, PEAK = {"base": 450, "extended": 100, "control": 100}, 32, 9e-3
+STEPS, ROWS, PEAK = {"base": 450, "extended": 80, "control": 80}, 32, 9e-3
 TEXT_BYTES, NAMES = 2_000_000, 24
 ARCHITECTURE = {**MODEL, "mtp_pattern": "", "initializer_range": 0.05}
 NEAR = {"words": 76, "facts": 8, "repeats": 13, "varied": True, "names": NAMES}  # about 120 tokens
