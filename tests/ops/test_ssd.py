@@ -74,6 +74,19 @@ def test_split_and_carry_equals_whole(length):
     near(state, last, 1e-12)
 
 
+@pytest.mark.parametrize("borders", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_state_adds_its_part(length, borders):
+    def apart(x, dt, A, B, C, state, seg):
+        y, last = ssd.ssd(x, dt, A, B, C, None, seg)
+        decay_BH = (dt * A).sum(1).exp()
+        if seg is not None:
+            decay_BH = decay_BH * seg[:, -1:].eq(0)
+        return y + ssd.ssd_from_past(dt, A, C, state, seg), last + decay_BH[..., None, None] * state
+
+    agree(apart, ssd.ssd_recurrence, *operands(length, torch.float64, True, borders))
+
+
 @pytest.mark.parametrize("length", [1, 5, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()

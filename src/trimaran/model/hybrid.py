@@ -24,7 +24,7 @@ from trimaran.model.norm import GatedRMSNorm, RMSNorm
 from trimaran.model.recompute import again
 from trimaran.model.scale import Scale
 from trimaran.model.sphere import project, step_on_sphere
-from trimaran.model.state import StackMemory, State
+from trimaran.model.state import Over, PassMemory, StackMemory, State
 from trimaran.ops.numbers import parameter_dtype
 
 
@@ -51,9 +51,11 @@ class Block(nn.Module):
             self.mixer = FeedForward(config, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
-        # A state would move on a second time.
-        if self.recomputed and self.training and torch.is_grad_enabled() and state is None:
-            return again(self.step, self.mixer, x_BTD, layout, state, keys)
+        if self.recomputed and self.training and torch.is_grad_enabled():
+            if isinstance(state, PassMemory):
+                return again(self.step, self.mixer, x_BTD, layout, state.asked_twice(), keys)
+            if state is None:  # any other memory would move on a second time
+                return again(self.step, self.mixer, x_BTD, layout, state, keys)
         return self.step(x_BTD, layout, state, keys)
 
     def step(self, x_BTD: Tensor, layout: Layout, state: object, keys: int) -> Tensor:
@@ -88,6 +90,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.version = 0
+        self.over: Over | None = None  # set where rows lie over several processes
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
         on_sphere = config.residual == "ngpt"
@@ -121,6 +124,7 @@ class MTP(nn.Module):
     ) -> Tensor:
         """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
         (first, last), embeddings = self.ends(), self.trunk[0].embeddings
+        state = remembered(self.trunk[0], self.layers, next_BT, state)
         layout = begin(next_BT, doc_ids, state, self.trunk[0].version)
         next_BT = checked(layout, next_BT, embeddings.vocab_size)
         if layout.order_BT is not None:
@@ -183,6 +187,7 @@ class HybridModel(nn.Module):
 
         stream_BTD: what the stage of a pipeline before this one gave; a stage that is not the last gives it in turn.
         """
+        state = remembered(self.backbone, self.backbone.layers, tokens_BT, state)
         layout = begin(tokens_BT, doc_ids, state, self.version)
         tokens_BT = checked(layout, tokens_BT, self.config.vocab_size)
         x_BTD = self.backbone.embeddings(tokens_BT) if stream_BTD is None else stream_BTD
@@ -224,6 +229,15 @@ class HybridModel(nn.Module):
         from trimaran.model import hub
 
         hub.save(self, path)
+
+
+def remembered(
+    trunk: Backbone, blocks: nn.ModuleList, tokens_BT: Tensor, state: StackMemory | None
+) -> StackMemory | None:
+    """The memory of a pass: the state, else that of the processes that rows lie over, else none."""
+    if state is not None or trunk.over is None:
+        return state
+    return trunk.over.memory(len(tokens_BT), trunk.version, len(blocks))
 
 
 def begin(tokens_BT: Tensor, doc_ids: Tensor | None, state: StackMemory | None, version: int) -> Layout:

@@ -14,7 +14,7 @@ and `scan` for Mamba, so that a memory of another shape (the engine's pages) nee
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -90,6 +90,20 @@ class StackMemory(Protocol):
     def keys(self, layout: Layout) -> int: ...
 
     def advance(self, layout: Layout, doc_ids_BT: Tensor | None) -> None: ...
+
+
+class PassMemory:
+    """Marks the memory of one pass alone: a layer that asks again gets the same answer, so blocks may be recomputed."""
+
+    def asked_twice(self) -> Self:
+        """The memory as a block sees it that asks in its forward and again in its backward."""
+        return self
+
+
+class Over(Protocol):
+    """Rows that lie over several processes: whoever runs a pass without a state asks it for that pass's memory."""
+
+    def memory(self, batch: int, version: int, blocks: int) -> StackMemory: ...
 
 
 class AttentionState:

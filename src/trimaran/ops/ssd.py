@@ -199,6 +199,22 @@ def ssd_batched(
     return y_BZHQP.transpose(2, 3).reshape(batch, Z * chunk, heads, width)[:, :length], last_BHPN
 
 
+def ssd_from_past(
+    dt_BTH: Tensor, A_H: Tensor, C_BTGN: Tensor, state_BHPN: Tensor, seg_BT: Tensor | None = None
+) -> Tensor:
+    """What `state_BHPN` before the first token adds to the outputs [B, T, H, P], in the state's dtype; see `ssd`.
+
+    The recurrence is linear in its state: `ssd` from a state is `ssd` from nothing and this.
+    """
+    batch, length, groups, size = C_BTGN.shape
+    reach_BTH = torch.exp(torch.cumsum(at_least_fp32(dt_BTH) * A_H, 1))
+    if seg_BT is not None:
+        reach_BTH = reach_BTH.masked_fill(seg_BT.ne(0)[..., None], 0)
+    past_BGUN = state_BHPN.to(C_BTGN.dtype).view(batch, groups, -1, size)
+    far_BTGU = (C_BTGN.transpose(1, 2) @ past_BGUN.transpose(2, 3)).transpose(1, 2)
+    return far_BTGU.reshape(batch, length, *state_BHPN.shape[1:3]) * reach_BTH[..., None]
+
+
 def within_chunks(
     s_BZHQ: Tensor, write_BZHQP: Tensor, B_BZGQN: Tensor, C_BZGQN: Tensor, seg_BZQ: Tensor | None
 ) -> Tensor:

@@ -25,15 +25,15 @@ def scatter_sum(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def deal(x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """sent[r] rows of x go to process r of the group, in order; received[r] rows come from it, in order of the ranks."""
+    """sent[r] rows of x go to process r of the group, in order; received[r] rows come from it, in the ranks' order."""
     return Deal.apply(x, list(sent), list(received), group)
 
 
 def before(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """The last `count` places before this process's piece, or all where there are fewer: [B, <= count, ...].
 
-    x [B, L, ...]: the piece; all pieces are as long, and lie in the order of the group's ranks. What lies further on is
-    not exchanged.
+    x [B, L, ...]: the piece; all pieces are as long, and lie in the order of the group's ranks. count: the same in all
+    processes. What lies further on is not exchanged.
     """
     length, rank = x.shape[1], group.rank()
 

@@ -4,7 +4,10 @@ from torch import nn
 
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
+from trimaran.model.moe import MoE
+from trimaran.parallel.context import Context
 from trimaran.parallel.places import Cut, uncut
+from trimaran.parallel.rows import Row
 from trimaran.parallel.shard import shard
 from trimaran.parallel.stages import cut_stage
 from trimaran.parallel.tensor import cut_layers
@@ -27,6 +30,12 @@ def parallelize(model: HybridModel, world: World, context: int = 0) -> dict[str,
     if world.settings.tp > 1:
         cut, units = cut_layers(model, world)
         cuts |= cut
+    if world.settings.cp > 1:
+        model.backbone.over = Context(world.group("cp"), world.device)
+    if world.settings.cp * world.settings.tp > 1:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.row = Row(world.group("row"), world.place["tp"], world.settings.tp)
     if world.settings.replicate * world.settings.shards > 1:
         shard(model, world, units)
     return cuts
