@@ -115,6 +115,8 @@ def test_shares_are_exact_disjoint_and_follow_the_seed(tokenizer):
     assert len({found[n].cut for n in cut}) > 20
     with pytest.raises(Refusal, match=r"data.reasoning_off = 0.1, and no answer has a thought"):
         controls.applied(chats[::2], 3)
+    with pytest.raises(Refusal, match=r"reasoning_off = 0.1 of 4 conversations with .* makes none; .* 0.25;"):
+        controls.applied(chats[:8], 3)
 
 
 def test_held_out_conversations_are_chosen_by_what_they_say():

@@ -179,6 +179,16 @@ def test_thinking_off_on_and_on_a_budget(engine, tokenizer):
         assert "{thinking token budget: 3}" in tokenizer.decode(played.conversation.ids[:start])
 
 
+@pytest.mark.parametrize(("settings", "found"), [
+    ({"grace": 5}, "grace = 5 without a budget"),
+    ({"tell_budget": True}, "tell_budget = true without a budget"),
+])  # fmt: skip
+def test_what_a_budget_needs_is_refused_without_one(settings, found):
+    with pytest.raises(Refusal, match=f"^{found}; allowed: a budget; next: set budget, or no "):
+        PlaySettings(**settings)
+    assert PlaySettings(**settings, budget=0).budget == 0
+
+
 def test_what_can_never_be_played_is_refused(model, tokenizer):
     with pytest.raises(Refusal, match="without a tokenizer"):
         Player(Engine(model))

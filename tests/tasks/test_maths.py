@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimaran.errors import Refusal
+from trimaran.tasks.gold import conversations
 from trimaran.tasks.gsm8k import Gsm8k
 from trimaran.tasks.maths import Maths, boxed, costly, equal, number
 from trimaran.tasks.task import REWARD, Trace
@@ -132,6 +133,13 @@ def test_gsm8k_from_its_files(gsm8k):
 def test_a_file_of_problems_ends_and_begins_anew(gsm8k):
     assert (gsm8k.size("train"), gsm8k.size("held_out")) == (10, 5)
     assert gsm8k.prompt(0).messages == gsm8k.prompt(10).messages != gsm8k.prompt(1).messages
+
+
+def test_no_problem_is_demonstrated_twice(gsm8k):
+    rows = list(conversations({"hens": (gsm8k, 10)}, seed=3))
+    assert len({row["messages"][0]["content"] for row in rows}) == 10
+    with pytest.raises(Refusal, match=r"^hens: count = 11 of 10 problems, .*; allowed: at most 10; next: "):
+        conversations({"hens": (gsm8k, 11)})
 
 
 @pytest.mark.parametrize(("line", "found"), [

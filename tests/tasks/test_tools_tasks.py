@@ -1,6 +1,7 @@
 """Calls and the desk: played through, scored from messages alone, replies as the tools would give them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,24 @@ DESKS = [
 @pytest.mark.parametrize("settings", [{}, {"offered": 1, "form": "json"}, {"offered": len(TOOLBOX)}])
 def test_calls_check_themselves(settings):
     Calls(**settings).check(64)
+
+
+@pytest.mark.parametrize("form", ["native", "json"])
+def test_an_integer_is_what_json_schema_calls_one(form):
+    """63.0 is the integer 63; 63.5, "63" and, where 1 is wanted, true are not."""
+    of = Calls(form=form)
+
+    def whole(made):
+        return [name for name, value in made["arguments"].items() if type(value) is int]
+
+    for prompt in (one for one in map(of.prompt, range(40)) if whole(one.secret)):
+        name = whole(prompt.secret)[0]
+        value = prompt.secret["arguments"][name]
+        for said, reward in ((float(value), 1), (value + 0.5, 0), (str(value), 0), (True, 0)):
+            arguments = {**prompt.secret["arguments"], name: said}
+            [gold] = of.gold(replace(prompt, secret={**prompt.secret, "arguments": arguments}))
+            assert of.score(Trace(prompt, (gold,)))[REWARD] == reward, (name, said)
+    assert same(1.0, 1) and not same(True, 1)
 
 
 @pytest.mark.parametrize("settings", DESKS)

@@ -164,6 +164,10 @@ class Controls:
         for name, share in asked.items():
             if share and not thoughtful:
                 raise Refusal(f"data.{name} = {share}, and no answer has a thought", "0", f"set data.{name} = 0")
+            if share and not round(share * len(thoughtful)):
+                few = f"data.{name} = {share} of {len(thoughtful)} conversations with a thought, which makes none"
+                allowed = f"0, or enough for one: {1 / len(thoughtful):.3g}"
+                raise Refusal(few, allowed, f"raise data.{name}, give more conversations, or leave it out")
         random = np.random.default_rng([seed, 1])
         order = random.permutation(thoughtful)
         off, cut = (round(share * len(order)) for share in asked.values())

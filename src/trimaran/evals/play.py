@@ -19,7 +19,7 @@ from hashlib import blake2b
 from math import isfinite
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trimaran.config import Settings
 from trimaran.engine.budget import Thinking
@@ -51,6 +51,14 @@ class PlaySettings(Settings):
     tell_budget: bool = False  # whether the prompt mentions the budget
     effort: Literal["low", "medium"] | None = None  # how hard to think, for the chat template
     logprobs: bool = False  # whether outputs carry log-probabilities
+
+    @model_validator(mode="after")
+    def _grace_of_a_budget(self) -> "PlaySettings":
+        for name, value in (("grace", self.grace), ("tell_budget", self.tell_budget)):
+            if value and self.budget is None:
+                found = f"{name} = {str(value).lower()} without a budget"
+                raise Refusal(found, "a budget", f"set budget, or no {name}")
+        return self
 
 
 @dataclass(frozen=True)

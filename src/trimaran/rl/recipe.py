@@ -60,6 +60,11 @@ class RolloutSettings(Settings):
     stale: Literal[0, 1] = 0
     row: int = Field(512, ge=1)
 
+    @model_validator(mode="after")
+    def _playable(self) -> "RolloutSettings":
+        self.play()  # refuses what cannot be played before a recipe is begun
+        return self
+
     def play(self, effort: Literal["low", "medium"] | None = None) -> PlaySettings:
         """The same for the player of episodes."""
         own = self.model_dump(include={"max_tokens", "turns", "temperature", "thinking", "budget", "grace"})

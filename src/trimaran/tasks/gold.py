@@ -26,11 +26,16 @@ def conversations(
 
     tasks: name -> (task, count), the names being the caller's own. A row has `messages`, `tools` where any are offered,
     `task` (the name) and `thinking`. Another seed gives other problems and another order. guesses: the chance of an
-    episode to be a guess, by name. Raises Refusal for a task that fails its check.
+    episode to be a guess, by name. Raises Refusal for a task that fails its check, and for more episodes than it has
+    problems.
     """
     for name, (task, count) in tasks.items():
         if count < 1:
             raise Refusal(f"{name}: count = {count}", "1 or more episodes", "leave the task out or ask for some")
+        size = task.size("train")
+        if size is not None and count > size:
+            found = f"{name}: count = {count} of {size} problems, some of which would come twice"
+            raise Refusal(found, f"at most {size}", "lower count; train.steps decides how often they are read")
         task.check()
     order = [(name, number) for name, (_, count) in tasks.items() for number in range(count)]
     Random(digest(f"order {seed}")).shuffle(order)
