@@ -6,14 +6,15 @@ ids[t + 1]; it counts where the model chose that token itself.
 Shapes: B rows, T tokens of a row.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimaran.data.fit import best_fit
 from trimaran.rl.rollout import Rollout
 
 ROUND = 32  # rows are this or a multiple of it long: CPU matrix kernels are made anew for every other shape
@@ -119,36 +120,26 @@ def write(streams: PolicyStreams, number: int, example: Example, row: int, start
 def laid_out(lengths: Sequence[int], row: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     """(row and start of each length, the shape of all rows): rows of `row`, or as long as the longest, rounded up."""
     width = rounded(max(row, *lengths))
-    places = best_fit(lengths, width)
-    rows = 1 + max(number for number, _ in places)
+    rows = best_fit(range(len(lengths)), lengths, width).rows
+    places = [(0, 0)] * len(lengths)
+    for number, chosen in enumerate(rows):
+        for one, end in zip(chosen, accumulate(lengths[one] for one in chosen)):
+            places[one] = (number, end - lengths[one])
     # a single row need not be longer than what it holds
-    return places, (rows, width if rows > 1 else rounded(sum(lengths)))
+    return places, (len(rows), width if len(rows) > 1 else rounded(sum(lengths)))
 
 
 def rounded(length: int) -> int:
     return -(-length // ROUND) * ROUND
 
 
-def best_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
-    """(row, start) of each length, in rows of `width`: the longest first, each where it leaves the least room."""
-    places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
-    free: list[tuple[int, int]] = []  # (room, row), rising
-    rows = 0
-    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        length = lengths[number]
-        found = bisect_left(free, (length, -1))
-        room, row = free.pop(found) if found < len(free) else (width, rows)
-        rows = max(rows, row + 1)
-        places[number] = (row, width - room)
-        left = (room - length, row)
-        free.insert(bisect_left(free, left), left)
-    return places
-
-
 def unpack(stream_BT: Tensor, streams: PolicyStreams, examples: Sequence[Example]) -> list[tuple[float, ...]]:
     """What `stream_BT` has at the chosen tokens of each example packed into `streams`."""
-    found = []
-    for number, example in enumerate(examples):
-        values = stream_BT[streams.rollouts_BT == number].cpu()  # a rollout lies whole in one row
-        found.append(tuple(values[torch.tensor(example.rollout.said) - 1].tolist()))
-    return found
+    values_N, rollouts_N = stream_BT.flatten().cpu(), streams.rollouts_BT.flatten().cpu()
+    begins_N = torch.cat([torch.ones(1, dtype=torch.bool), rollouts_N[1:] != rollouts_N[:-1]])
+    starts = begins_N.nonzero()[:, 0]  # a rollout lies whole in one row: it begins once
+    start_of = dict(zip(rollouts_N[starts].tolist(), starts.tolist()))
+    return [
+        tuple(values_N[start_of[number] + torch.tensor(one.rollout.said) - 1].tolist())
+        for number, one in enumerate(examples)
+    ]
