@@ -1,6 +1,7 @@
 """Distillation: what a teacher adds to a token, who teaches whom, a student that comes to speak like its teachers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,20 @@ def test_interrupted_and_resumed_is_uninterrupted(folders, tmp_path, monkeypatch
     assert all(torch.equal(one[name], other[name]) for name in one)
     lines = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("straight", "again")]
     assert lines[0] == lines[1]
+
+
+def test_a_teacher_that_has_changed_is_refused_when_a_run_goes_on(folders, tmp_path):
+    teachers = {name: shutil.copytree(folders[name], tmp_path / name) for name in ("one", "two")}
+    settings = recipe(folders["student"], tmp_path / "run", teachers)
+    run = opened_run(settings)
+    position = json.loads(json.dumps(run.loader.state_dict()))
+    opened_run(settings).loader.load_state_dict(position)
+    model = hub.load(teachers["two"], dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] += 1e-3
+    hub.save(model, teachers["two"])
+    with pytest.raises(Refusal, match=r"^the teacher of two has changed since this run was saved; allowed: "):
+        opened_run(settings).loader.load_state_dict(position)
 
 
 def test_whole_laws_need_one_vocabulary(folders, tmp_path):

@@ -11,11 +11,14 @@ each token; what it would have said more readily becomes likelier, token by toke
 record alone. Sampling, masks, clips, packing and resuming are those of reinforcement learning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trimaran.errors import Refusal
+from trimaran.evals.records import model_digest
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import read_metrics, say
@@ -60,7 +63,8 @@ def opened_run(recipe: MopdRecipe) -> Run:
 
 
 class TaughtRollouts(Rollouts):
-    """Rollouts whose tokens are worth what the environment's teacher thinks of them, and no more."""
+    """Rollouts whose tokens are worth what the environment's teacher thinks of them, and no more. The position holds a
+    digest of every teacher: a run goes on with those it began with, or not at all."""
 
     def __init__(self, recipe: MopdRecipe, model: HybridModel, *rest: Any):
         super().__init__(recipe, model, *rest)
@@ -75,11 +79,23 @@ class TaughtRollouts(Rollouts):
             cuts=recipe.train.accumulate,
         )
         self.teacher = self.unread if self.laws else self.teachers
+        self.digests = {name: model_digest(Path(recipe.teacher_of(name))) for name in self.names}
 
     @staticmethod
     def unread(examples: Sequence[Example]) -> list[Example]:
         """Where whole laws are compared the objective asks the teachers itself."""
         return list(examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "teachers": self.digests}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position. Raises Refusal where a teacher is another model than it was."""
+        changed = [name for name, digest in state["teachers"].items() if self.digests.get(name) != digest]
+        if changed:
+            found = f"the teacher of {', '.join(changed)} has changed since this run was saved"
+            raise Refusal(found, "the very files that it began with", "bring them back, or begin a new run: run=…")
+        super().load_state_dict(state)
 
     def rows(self, examples: Sequence[Example]) -> PolicyStreams:
         """The packed rows of an update."""

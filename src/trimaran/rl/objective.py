@@ -197,10 +197,14 @@ def gap(chosen: Chosen, share_M: Tensor) -> Tensor:
 
 
 def freeze(model: HybridModel, train_router: bool) -> None:
-    """Takes the draft block out of training, and the routers' weights too unless they train."""
+    """Takes the draft block out of training, and the routers' weights too unless they train. Refuses a model of which
+    nothing is left to learn: adapters on the draft block alone."""
     if model.mtp is not None:
         model.mtp.requires_grad_(False)
     if not train_router:
         for module in model.modules():
             if isinstance(module, Router):
                 module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        found = "adapters on the draft block alone, which is not trained here: nothing is left to learn"
+        raise Refusal(found, "targets in the trunk", "name others in lora.targets; stage heal trains a draft block")
