@@ -75,6 +75,20 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then():
     assert re.fullmatch(r"train  40 steps, 164k tokens in 0:40 \(\d:\d\d of CPU time\)", lines[-1])
 
 
+@pytest.mark.parametrize(("values", "shown"), [
+    ({"reward": 0.25, "apart": 1.5}, "apart 1.500"), ({"reward": 0.25, "other": 7}, "reward 0.250"),
+])  # fmt: skip
+def test_what_a_stage_works_on_leads(values, shown):
+    clock, stream = Clock(), io.StringIO()
+    with Progress(2, stream=stream, every_s=0.5, clock=clock) as progress:
+        clock.now += 1
+        progress.update(1, loss=0.5, **values)
+        clock.now += 1
+        progress.update(2, loss=0.5)  # of several updates of a batch only the first has a reward
+    for line in stream.getvalue().splitlines()[:2]:
+        assert re.search(rf"%  {re.escape(shown)}  loss 0\.500", line)
+
+
 PROGRAM = """
 from trimaran.report import Progress
 with Progress(500, metrics={metrics!r}) as progress:

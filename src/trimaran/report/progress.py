@@ -26,6 +26,8 @@ from trimaran.report.terminal import (
     terminal_columns,
 )
 
+LEADING = ("apart", "reward")  # what a stage works on, where that is not the loss: the first that it reports is shown
+
 
 class Pace:
     """How fast it goes. The ETA rests on the latter half of what has run in this process: warm-up is forgotten, pauses
@@ -87,15 +89,18 @@ class Progress:
         self._every_s = 0.1 if self._live else every_s
         self._clock, self._pace, self._cpu = clock, Pace(start, clock), cpu_seconds()
         self._line, self._shown_at, self._first, self._step = "", -math.inf, start, start
+        self._lead: tuple[str, float] | None = None  # the newest, since not every step has one
         self._metrics = None if metrics is None else Metrics(metrics, start, self.say)
         self._before = self._metrics.last if self._metrics else {}
 
     def update(
         self, step: int, *, tokens: int = 0, loss: float | None = None, lr: float | None = None, **extra: Any
     ) -> None:
-        """Reports that `step` is done, with the `tokens` it took. `extra` goes to the metrics alone."""
+        """Reports that `step` is done, with the `tokens` it took. `extra` goes to the metrics; of it, the first of
+        `LEADING` is shown before the loss."""
         self._pace.add(step, tokens)
         self._step = step
+        self._lead = next(((name, float(extra[name])) for name in LEADING if name in extra), self._lead)
         values = {"loss": loss, "lr": lr, "tokens": self._before.get("tokens", 0) + self._pace.tokens}
         rate = round(self._pace.tokens_per_second, 1)
         self.log(step, **{k: v for k, v in values.items() if v is not None}, tokens_per_second=rate, **extra)
@@ -173,8 +178,10 @@ class Progress:
         left = self._pace.seconds_left(self.total)
         rate, (where, memory) = self._pace.tokens_per_second, memory_in_use()
         parts = [(0, self.label), (1, f"{self._step:>{width}}/{self.total}  {self._step / max(1, self.total):4.0%}")]
+        if self._lead is not None:
+            parts.append((2, "{} {:.3f}".format(*self._lead)))
         if loss is not None:
-            parts.append((2, f"loss {loss:.4g}" if loss >= 1000 else f"loss {loss:.3f}"))
+            parts.append((2 if self._lead is None else 7, f"loss {loss:.4g}" if loss >= 1000 else f"loss {loss:.3f}"))
         if lr is not None:
             parts.append((6, f"lr {lr:.1e}"))
         if rate:
