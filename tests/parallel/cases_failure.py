@@ -31,4 +31,4 @@ def not_finite(size: int) -> None:
     assert [path.name for path in Path(run.folder).iterdir()] == ["diverged-step-3.safetensors"]
 
 
-CASES = {f"a loss that is not finite on one of {size}": (size, not_finite) for size in (2, 4)}
+CASES = {"a loss that is not finite on one of 4": (4, not_finite)}

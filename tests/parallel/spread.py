@@ -8,14 +8,14 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from tests.parallel.compare import apart
-from tests.train.runs import server
+from tests.train import runs
 from trimaran import cli
 
 PATIENCE = 90  # seconds until a process counts as hung
@@ -30,6 +30,14 @@ def rank_of(rank: int, size: int, port: int, path: str, overrides: list[str], lo
         cli.main(["train", path, *overrides])
 
 
+def server() -> ForkServerContext:
+    """As that of `runs`, with what several processes import late."""
+    context = runs.server()
+    imported = ["tests.train.runs", "trimaran.train.pretrain", "trimaran.train.sharded", "torch.distributed.fsdp"]
+    context.set_forkserver_preload(imported)
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -41,8 +49,6 @@ def start(path: Path, size: int, *overrides: str) -> list[ForkServerProcess]:
     port = free_port()
     words = [f"parallel.fsdp={size}", *overrides]
     if size == 1:
-        from tests.train import runs
-
         return [runs.start(path, *overrides)]
     found = []
     for rank in range(size):

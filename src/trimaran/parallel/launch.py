@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
@@ -122,7 +124,7 @@ def before_others() -> bool:
     try:
         wait = timedelta(seconds=5)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
-        return store.add("trimaran/refused", 1) == 1
+        return store.add(f"trimaran/refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except dist.DistError:
         return True
 
@@ -150,7 +152,9 @@ def joined(settings: ParallelSettings, device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+    wait = timedelta(seconds=settings.timeout)
+    store, rank, size = next(rendezvous("env://", timeout=wait))
+    dist.init_process_group(backend, timeout=wait, store=own_part(store, rank, size, wait), rank=rank, world_size=size)
     with contextlib.ExitStack() as stack:
         if dist.get_rank() > 0:
             silence = stack.enter_context(open(os.devnull, "w"))
@@ -159,6 +163,33 @@ def joined(settings: ParallelSettings, device: torch.device) -> Iterator[World]:
         yield join(settings, device)
         dist.barrier()
         dist.destroy_process_group()
+
+
+def own_part(store: dist.Store, rank: int, size: int, wait: timedelta) -> dist.Store:
+    """The part of a store that belongs to these processes, and to none that were started before them.
+
+    torchrun keeps one store through its restarts, in which the addresses of the dead processes still stand (2.13), and
+    machines do not agree on the number of a restart. So every process leaves a word of its own, the first one answers
+    each with the name of the part, also if it finds a later one, and is done when all have used it.
+    """
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"trimaran/word/{rank}", word)
+        store.wait([f"trimaran/answer/{word}"], wait)
+        part = store.get(f"trimaran/answer/{word}").decode()
+        store.add(f"trimaran/here/{part}", 1)
+        return dist.PrefixStore(part, store)
+    answered, until = dict[int, str](), time.monotonic() + wait.total_seconds()
+    while store.add(f"trimaran/here/{word}", 0) < size - 1:
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"of {size} processes only {len(answered) + 1} came")
+        for other in range(1, size):
+            key = f"trimaran/word/{other}"
+            if store.check([key]) and (theirs := store.get(key).decode()) != answered.get(other):
+                store.set(f"trimaran/answer/{theirs}", word)
+                answered[other] = theirs
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)
 
 
 def in_turn(world: World, work: Callable[[], T]) -> T:
