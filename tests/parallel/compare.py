@@ -18,7 +18,7 @@ from trimaran.parallel.parallelize import parallelize
 from trimaran.parallel.places import Cut, local, places
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.parallel.world import World, join
-from trimaran.train.loop import Run, parts, train_step
+from trimaran.train.loop import Run, train_step
 from trimaran.train.prepare import objective_of, optimizer_of
 from trimaran.train.recipe import TrainSettings
 
@@ -148,13 +148,14 @@ def compare(
 
 def check_forward(spread: Run, model: HybridModel) -> None:
     """Hidden vectors of this rank's share are those that one process has there."""
-    batch = packed(model.config.vocab_size, spread.settings.batch_size, 24, seed=0)
-    share = spread.world.share(batch)
+    batch, world = packed(model.config.vocab_size, spread.settings.batch_size, 24, seed=0), spread.world
+    share = world.share(batch)
     with torch.no_grad():
         found_BTD = hidden(spread, share)
         truth_BTD = model.hidden(batch.tokens_BT, batch.doc_ids_BT)
     number_BT = torch.arange(batch.tokens_BT.numel()).view_as(batch.tokens_BT)
-    mine_BT = spread.world.share(Batch(number_BT, number_BT, number_BT, number_BT)).tokens_BT
+    mine_BT = world.share(Batch(number_BT, number_BT, number_BT, number_BT)).tokens_BT
+    assert (found_BTD is None) == (world.place["pp"] < world.settings.pp - 1)
     if found_BTD is not None:
         assert apart(found_BTD, truth_BTD.flatten(0, 1)[mine_BT]) <= TOLERANCE, "hidden vectors differ"
 
@@ -163,8 +164,7 @@ def hidden(run: Run, share: Batch) -> Tensor | None:
     """Hidden vectors of a process's share, where it gets them: in a pipeline at the last stage alone."""
     if run.pipeline is None:
         return run.model.hidden(share.tokens_BT, share.doc_ids_BT)
-    found = run.pipeline.hidden(parts(share, run.pipeline.count))
-    return torch.cat(found) if run.world.place["pp"] == run.world.settings.pp - 1 else None
+    return run.pipeline.hidden(share)
 
 
 def check_tensors(what: str, found: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: float) -> None:

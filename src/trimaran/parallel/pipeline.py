@@ -14,6 +14,7 @@ Every loss is a share of one sum, so gradients add up over the parts and nothing
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from math import gcd
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,6 +37,12 @@ class Part(Protocol):
     def tokens_BT(self) -> Tensor: ...
     @property
     def doc_ids_BT(self) -> Tensor: ...
+
+
+class Rows(Part, Protocol):
+    """Rows of which some can be taken."""
+
+    def rows(self, start: int, stop: int) -> Any: ...
 
 
 @runtime_checkable
@@ -120,9 +127,11 @@ class Pipeline:
         return seen
 
     @torch.no_grad()
-    def hidden(self, parts: Sequence[Part]) -> list[Tensor]:
-        """Hidden vectors of each part after the final norm, at the last stage; an empty list at the others."""
-        found: list[Tensor] = []
+    def hidden(self, batch: Rows) -> Tensor | None:
+        """Hidden vectors after the final norm [B, T, D], at the last stage; None at the others."""
+        rows, found = len(batch.tokens_BT), list[Tensor]()
+        each = rows // gcd(rows, self.count)
+        parts = [batch.rows(start, start + each) for start in range(0, rows, each)]
 
         def work(received: Tensor | None, number: int) -> Tensor:
             out = self._pass(parts[number], received)
@@ -131,7 +140,7 @@ class Pipeline:
             return out
 
         self._run(work, parts, training=False)
-        return found
+        return torch.cat(found) if found else None
 
     def _pass(self, part: Part, stream_BTD: Tensor | None) -> Tensor:
         return self.model.hidden(part.tokens_BT, part.doc_ids_BT, stream_BTD=stream_BTD)

@@ -42,7 +42,7 @@ def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ())
     units: list[nn.Module] = [layer for layer in model.backbone.layers if not isinstance(layer, Elsewhere)]
     if model.mtp is not None:
         units.append(model.mtp)  # one unit: it reads its first block's norms and map outside of that block's forward
-    if world.settings.tp > 1:
+    if world.settings.tp > 1 and model.ends:
         units.append(model.backbone.norm_f)  # embedding and head, the root's other parameters, are cut
     for unit in units:
         # What tp leaves whole in a block without experts is a norm's weight: not worth bringing twice.

@@ -28,6 +28,7 @@ from trimaran.model.mamba import Mamba
 from trimaran.model.moe import MoE
 from trimaran.parallel.collectives import gather, scatter_sum
 from trimaran.parallel.places import Cut
+from trimaran.parallel.stages import Elsewhere
 from trimaran.parallel.vocabulary import CutEmbedding, stretch
 from trimaran.parallel.world import World
 
@@ -82,7 +83,8 @@ def cut_layers(model: HybridModel, world: World) -> tuple[dict[str, Cut], list[l
     knife = Knife(world.group("tp"))
     blocks = [*model.backbone.layers, *(model.mtp.layers if model.mtp is not None else ())]
     for block in blocks:
-        cut_mixer(knife, block.mixer)
+        if not isinstance(block, Elsewhere):
+            cut_mixer(knife, block.mixer)
     cut_ends(knife, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[key]: cut for key, cut in knife.cuts.items()}, knife.units
@@ -201,8 +203,11 @@ def cut_ends(knife: Knife, model: HybridModel) -> None:
     group, embeddings = knife.group, model.backbone.embeddings
     own_ids = stretch(model.config.vocab_size, group)
     span = (own_ids.first, own_ids.last)
-    knife.keep(embeddings, "weight", 0, (span,))
-    model.backbone.embeddings = CutEmbedding(own_ids, model.config.vocab_size, embeddings.weight)
+    if not isinstance(embeddings, Elsewhere):
+        knife.keep(embeddings, "weight", 0, (span,))
+        model.backbone.embeddings = CutEmbedding(own_ids, model.config.vocab_size, embeddings.weight)
+    if not model.ends:
+        return
     if not model.config.tie_embeddings:
         model.lm_head.stretch = own_ids
         knife.keep_rows(model.lm_head, span)

@@ -102,6 +102,11 @@ class Run:
         if self.world.settings.pp > 1:
             from trimaran.parallel.pipeline import Pipeline  # a second of imports, for those who have one
 
+            if self.settings.accumulate > 1:
+                found = f"train.accumulate = {self.settings.accumulate} in a pipeline"
+                raise Refusal(
+                    found, "1: its micro-batches are the parts of a step", "set parallel.micro_batches instead"
+                )
             self.pipeline = Pipeline(self.model, self.world)
 
     @property
@@ -219,7 +224,7 @@ def autocast(run: Run) -> torch.autocast:
 
 
 def held_out(run: Run) -> dict[str, float]:
-    score = evaluate(run.model, run.held_out, run.world)
+    score = evaluate(run.model, run.held_out, run.world, run.pipeline)
     return {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
 
 

@@ -155,7 +155,7 @@ def begin(
     say(f"model: {config.pattern} with {sizes.total:,} parameters, {sizes.active:,} active per token")
     torch.manual_seed(recipe.seed)
     model = model or build(config, world.device, seed=recipe.seed)
-    cuts: Mapping[str, Cut] = {} if world.alone else parallelize(model, world)
+    cuts: Mapping[str, Cut] = {} if world.alone else parallelize(model, world, data.sequence_length // 2)
     return Run(
         Path(recipe.run),
         settings,

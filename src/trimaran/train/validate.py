@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,9 @@ from trimaran.data.batch import Batch
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.loss import cross_entropy
 from trimaran.parallel.world import World
+
+if TYPE_CHECKING:
+    from trimaran.parallel.pipeline import Pipeline
 
 
 class HeldOut(Protocol):
@@ -46,27 +49,37 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: HybridModel, windows: HeldOut | Sequence[HeldOut], world: World | None = None) -> Score:
+def evaluate(
+    model: HybridModel,
+    windows: HeldOut | Sequence[HeldOut],
+    world: World | None = None,
+    pipeline: "Pipeline | None" = None,
+) -> Score:
     """Scores every held-out token once, in the model's own precision (no autocast), the draft block left out.
 
-    world: the processes that the model is spread over; each takes its share of every batch.
+    world: the processes that the model is spread over; each takes its share of every batch. pipeline: of which `model`
+    is a stage.
     """
     world = world or World()
     if isinstance(windows, Sequence):
-        scores = [evaluate(model, one, world) for one in windows]
+        scores = [evaluate(model, one, world, pipeline) for one in windows]
         return sum(scores[1:], scores[0])
     was_training = model.training
     model.eval()
-    nats = sum(batch_nats(model, world.share(batch.padded(world.settings.rows)).to(model.device)) for batch in windows)
+    shares = (world.share(batch.padded(world.settings.rows)).to(model.device) for batch in windows)
+    nats = sum(batch_nats(model, share, pipeline) for share in shares)
     model.train(was_training)
     if not world.alone:
-        nats = float(world.sum(torch.tensor(nats, dtype=torch.float64, device=model.device)))
+        total = world.sum(torch.tensor(nats, dtype=torch.float64, device=model.device))
+        nats = float(world.sum(total, "pp"))
     return Score(nats, windows.tokens, windows.bytes)
 
 
-def batch_nats(model: HybridModel, batch: Batch) -> float:
-    """Weighted sum of the cross-entropy over one batch."""
-    hidden_BTD = model.hidden(batch.tokens_BT, batch.doc_ids_BT)
+def batch_nats(model: HybridModel, batch: Batch, pipeline: "Pipeline | None" = None) -> float:
+    """Weighted sum of the cross-entropy over one batch; 0 at the stages that do not see its end."""
+    hidden_BTD = pipeline.hidden(batch) if pipeline else model.hidden(batch.tokens_BT, batch.doc_ids_BT)
+    if hidden_BTD is None:
+        return 0.0
     return float(
         cross_entropy(hidden_BTD.flatten(0, 1), model.head, batch.targets_BT.flatten(), batch.weights_BT.flatten())
     )
