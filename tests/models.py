@@ -1,5 +1,7 @@
 """Tiny models for the tests: one per letter and switch, with weights far from zero so that mistakes show."""
 
+from collections.abc import Mapping
+
 import torch
 
 from trimaran.model.config import ModelConfig
@@ -69,3 +71,17 @@ def random_documents(batch: int, length: int, seed: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     borders = torch.rand(batch, length, generator=generator) < 0.05
     return borders.cumsum(1) % 3 + 5
+
+
+def chained(follows: Mapping[int, int], vocabulary: int) -> HybridModel:
+    """A model that says follows[token] after each token, whatever came before: written into its embedding and head."""
+    model = tiny("attention", torch.float32, vocab_size=vocabulary, hidden_size=64)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            mixer = layer.mixer
+            (mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj).weight.zero_()
+        model.backbone.norm_f.weight.fill_(1)
+        model.lm_head.weight.zero_()
+        for token, following in follows.items():
+            model.lm_head.weight[following] += model.backbone.embeddings.weight[token]
+    return model

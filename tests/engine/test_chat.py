@@ -9,34 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.engine.test_verbs import own, pipe_in, read_until
-from tests.models import tiny
+from tests.models import chained
 from trimaran import config
 from trimaran.engine import chat
 from trimaran.errors import Refusal
 from trimaran.model import hub
-from trimaran.model.hybrid import HybridModel
 from trimaran.text.chat import encode_chat
 from trimaran.text.tokenizer import Tokenizer
 
 THOUGHT, SAID = "boats? hulk!", "Aye, 日"
-
-
-def chained(chain: list[int], vocabulary: int) -> HybridModel:
-    """A model that follows each token of `chain` by the next one, whatever came before."""
-    assert len(set(chain)) == len(chain), "a chain in which no token comes twice"
-    model = tiny("attention", torch.float32, vocab_size=vocabulary, hidden_size=64)
-    with torch.no_grad():
-        for layer in model.backbone.layers:
-            mixer = layer.mixer
-            (mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj).weight.zero_()
-        model.backbone.norm_f.weight.fill_(1)
-        model.lm_head.weight.zero_()
-        for token, following in pairwise(chain):
-            model.lm_head.weight[following] = model.backbone.embeddings.weight[token]
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +28,8 @@ def thinker(tmp_path_factory, tokenizer) -> Path:
     line_end, close, end = tokenizer.encode("\n")[0], tokenizer.id_of("</think>"), tokenizer.id_of("<|im_end|>")
     chain = [line_end, *tokenizer.encode(THOUGHT), close, *tokenizer.encode(SAID), end]
     folder = tmp_path_factory.mktemp("runs") / "thinker"
-    hub.save(chained(chain, tokenizer.vocab_size), folder)
+    assert len(set(chain)) == len(chain), "a chain in which no token comes twice"
+    hub.save(chained(dict(pairwise(chain)), tokenizer.vocab_size), folder)
     tokenizer.save(folder)
     (folder / "recipe.toml").write_text('stage = "sft"\n')
     return folder

@@ -1,11 +1,17 @@
 """The chat page and `trimaran serve` understand each other."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
+from tests.models import chained
 from tests.serve.conftest import SUM, THOUGHT, chat
 from tests.serve.page.browser import ENTER, LEFT, Page
+from trimaran.model import hub
 from trimaran.serve.main import Running, running
+from trimaran.text.tokenizer import Tokenizer
 
 
 def test_the_page_and_the_server_understand_each_other(driver, server: Running):
@@ -50,5 +56,44 @@ def test_a_base_model_behind_a_key(driver, folder: Path, tmp_path):
         page.ask(SUM["content"])
         assert page.text(".words").startswith(SUM["content"]) and int(page.soundings()["tokens"]) <= 256
         assert page.text(".problem") in ("", "Cut off: the most tokens that were allowed.")
+        assert page.complaints() == []
+        page.run("localStorage.clear()")
+
+
+@pytest.fixture
+def ponderer(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A run folder of a model that thinks the same line over and over and, once it is made to stop, says Four."""
+    line_end = tokenizer.encode("\n")[0]
+    thought = [*tokenizer.encode("that is four,"), line_end]
+    answer = [tokenizer.id_of("</think>"), *tokenizer.encode("Four."), tokenizer.id_of("<|im_end|>")]
+    assert len({*thought, *answer}) == len(thought) + len(answer)
+    hub.save(
+        chained(dict([*pairwise([line_end, *thought]), *pairwise(answer)]), tokenizer.vocab_size), tmp_path / "run"
+    )
+    tokenizer.save(tmp_path / "run")
+    (tmp_path / "run" / "recipe.toml").write_text('stage = "sft"\n')
+    return tmp_path / "run"
+
+
+def test_the_slider_cuts_a_thought_that_would_go_on(driver, ponderer: Path):
+    line = len(Tokenizer.load(ponderer).encode("that is four,")) + 1
+    with running(ponderer, ["serve.port=0", "engine.rows=2"]) as server:
+        endless = chat(server, max_tokens=300)[1]
+        assert endless["choices"][0]["finish_reason"] == "length"
+        assert endless["usage"]["completion_tokens_details"]["reasoning_tokens"] == 300
+        page = Page(driver, server.url)
+        page.click("#open-settings")
+        page.type("0", into="#temperature")
+        page.click("#close-settings")
+        page.type(*[LEFT] * 8, into="#budget")
+        for budget in (64, 32):
+            assert page.text("#budget-shown") == f"{budget} tokens"
+            page.ask(SUM["content"])
+            assert page.text(".words") == "Four."
+            assert page.text(".thought-count").startswith(f"{budget} tokens")
+            page.click(".thought summary")
+            lines = page.text(".thought-text").count("that is four,")
+            assert lines == (budget + 1) // line  # of the last one the line's end may be missing
+            page.type(LEFT, into="#budget")
         assert page.complaints() == []
         page.run("localStorage.clear()")
