@@ -45,9 +45,8 @@ def refused(size: int) -> None:
             begin("dense", train, world, changes)
 
 
-CASES = {
-    f"tp of {kind}": (2, partial(cut, kind)) for kind in ("mamba", "attention", "window", "dense", "llama", "ngpt")
-}
+KINDS = ("mamba", "attention", "window", "dense", "llama", "ngpt", "everything", "moe")
+CASES = {f"tp of {kind}": (2, partial(cut, kind)) for kind in KINDS}
 CASES |= {
     "tp of logits": (2, logits),
     "tp of what does not divide": (2, refused),

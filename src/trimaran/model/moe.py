@@ -9,6 +9,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,18 @@ from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear, StackedLinear
 from trimaran.ops import experts
 from trimaran.ops.numbers import at_least_fp32
+
+
+class Row(Protocol):
+    """The processes that hold the tokens of each row between them."""
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """The tokens that a block sees here, of those that the layout is about."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the processes, without gradient."""
+        ...
 
 
 @dataclass
@@ -106,6 +119,7 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(config, shared) if shared else None
         self.fc1_latent_proj = Linear(hidden, latent) if latent else None
         self.fc2_latent_proj = Linear(latent, hidden) if latent else None
+        self.row: Row | None = None  # None: rows are here as a whole
         self.watched = False  # whoever takes the statistics says so: untaken, they would pile up with their graphs
         self.stats: list[RouterStats] = []
 
@@ -113,7 +127,7 @@ class MoE(nn.Module):
         x_MD = x_BTD.flatten(0, 1)
         scores_ME, ids_MK, weights_MK = self.gate(x_MD)
         if self.watched and self.training and torch.is_grad_enabled():
-            self.stats.append(router_stats(scores_ME, ids_MK, layout))
+            self.stats.append(router_stats(scores_ME, ids_MK, layout, self.row))
         routed = x_MD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_MD)
         routed = self.experts(routed, ids_MK, weights_MK).to(routed.dtype)
         if self.fc2_latent_proj is not None:
@@ -128,21 +142,26 @@ class MoE(nn.Module):
         return taken
 
 
-def router_stats(scores_ME: Tensor, ids_MK: Tensor, layout: Layout) -> RouterStats:
+def router_stats(scores_ME: Tensor, ids_MK: Tensor, layout: Layout, row: Row | None = None) -> RouterStats:
     """Load per expert and the sequence balance loss, E * sum_e f_e P_e averaged over rows (1 when balanced).
 
     f_e: share of the row's choices that went to e; P_e: mean over the row of the scores normalised to sum 1
-    (GShard's loss per sequence, as in DeepSeek-V3 and the Nemotron-3 recipes). Padding counts nowhere.
+    (GShard's loss per sequence, as in DeepSeek-V3 and the Nemotron-3 recipes). Padding counts nowhere. With `row`
+    both are this process's part of the sum: f_e is still the whole row's.
     """
     experts_count, batch = scores_ME.shape[1], layout.batch
     chosen_ME = torch.zeros_like(scores_ME).scatter_(1, ids_MK, 1.0)
     share_ME = scores_ME / scores_ME.sum(-1, keepdim=True)
     real_BT = layout.real_BT
     if real_BT is not None:
-        real_M1 = real_BT.flatten()[:, None]
+        real_M1 = (real_BT if row is None else row.own(real_BT)).flatten()[:, None]
         chosen_ME, share_ME = chosen_ME * real_M1, share_ME * real_M1
-    tokens_B1 = layout.length if layout.count_B is None else layout.count_B.clamp(min=1)[:, None]
     load_BE = chosen_ME.view(batch, -1, experts_count).sum(1)
+    if row is None:
+        row_BE, tokens_B1 = load_BE, layout.length if layout.count_B is None else layout.count_B.clamp(min=1)[:, None]
+    else:
+        row_BE = row.sum(load_BE)
+        tokens_B1 = (row_BE.sum(1, keepdim=True) / ids_MK.shape[1]).clamp(min=1)
     share_BE = share_ME.view(batch, -1, experts_count).sum(1) / tokens_B1
-    fraction_BE = load_BE / (tokens_B1 * ids_MK.shape[1])
+    fraction_BE = row_BE / (tokens_B1 * ids_MK.shape[1])
     return RouterStats(load_BE.sum(0).detach(), experts_count * (fraction_BE * share_BE).sum(-1).mean())
