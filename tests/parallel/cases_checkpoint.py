@@ -57,7 +57,11 @@ def state(run: Run) -> dict[str, Tensor]:
             entries.setdefault(entry, {})[names[parameter]] = value
     for entry, tensors in entries.items():
         if entry == "step":
-            found |= {f"step of {name}": value.clone() for name, value in tensors.items()}
+            everybodys: list = [{name: float(value) for name, value in tensors.items()}]
+            if not run.world.alone:  # a pipeline's stages count for themselves
+                everybodys *= dist.get_world_size()
+                dist.all_gather_object(everybodys, everybodys[0])
+            found |= {f"step of {name}": torch.tensor(count) for one in everybodys for name, count in one.items()}
         else:
             found |= {f"{entry} of {name}": value for name, value in whole(tensors, run).items()}
     return found
@@ -188,6 +192,12 @@ CASES = {
     "checkpoint of fsdp on 4": (4, lambda size: round_trip({"fsdp": 4}, {"replicate": 2, "fsdp": 2})),
     "checkpoint of fsdp x replicas on 4": (4, lambda size: round_trip({"replicate": 2, "fsdp": 2})),
     "checkpoint of one process read by 4": (4, lambda size: from_one({"fsdp": 4})),
+    "checkpoint of tp on 2": (2, lambda size: round_trip({"tp": 2}, {"fsdp": 2})),
+    "checkpoint of fsdp x tp on 4": (
+        4,
+        lambda size: round_trip({"fsdp": 2, "tp": 2}, {"fsdp": 4}, {"replicate": 2, "tp": 2}),
+    ),
+    "checkpoint of pp on 2": (2, lambda size: round_trip({"pp": 2}, {"tp": 2})),
     "checkpoint damaged": (4, damage),
     "checkpoints merged": (2, lambda size: merged({"fsdp": 2})),
 }

@@ -1,5 +1,6 @@
 """What goes wrong on one rank is noticed by all before anything is changed."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.parallel.cases_checkpoint import begun, check_equal, shared_folder, state, steps
+from trimaran.parallel.settings import ParallelSettings
+from trimaran.parallel.world import join
 from trimaran.train.loop import Diverged, train_step
+from trimaran.train.watch import EVERY, Watch
 
 
 def not_finite(size: int) -> None:
@@ -31,4 +35,23 @@ def not_finite(size: int) -> None:
     assert [path.name for path in Path(run.folder).iterdir()] == ["diverged-step-3.safetensors"]
 
 
-CASES = {"a loss that is not finite on one of 4": (4, not_finite)}
+def slow(size: int) -> None:
+    """A process that takes ten times as long over its own work is named by all, once; everybody's numbers are there."""
+    watch = Watch(join(ParallelSettings(fsdp=size), torch.device("cpu")))
+    told = []
+    for step in range(1, 2 * EVERY + 1):
+        with watch.own():
+            time.sleep(0.02 if dist.get_rank() == 1 else 0.002)
+        values, warning = watch.after_step(step)
+        assert bool(values) == (step % EVERY == 0)
+        told.append(warning)
+    named = [line.partition(" is slow")[0] for line in told if line]
+    assert named == ["warning: process 1"], told
+    assert len(values["own_s_by_process"]) == len(values["memory_by_process"]) == size
+    assert min(values["memory_by_process"]) > 1e6
+
+
+CASES = {
+    "a loss that is not finite on one of 4": (4, not_finite),
+    "a slow one of 2": (2, slow),
+}

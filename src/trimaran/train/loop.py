@@ -22,13 +22,16 @@ from trimaran.parallel.launch import orphaned
 from trimaran.parallel.places import Cut
 from trimaran.parallel.shard import synchronise
 from trimaran.parallel.world import World
+from trimaran.quant.linear import Draws
 from trimaran.report import Progress, Silence, say
 from trimaran.text.tokenizer import Tokenizer
 from trimaran.train import checkpoint
 from trimaran.train.interrupt import Interrupts
 from trimaran.train.optim import clip, set_learning_rate
+from trimaran.train.precision import check_begun
 from trimaran.train.recipe import TrainSettings
 from trimaran.train.validate import HeldOut, evaluate
+from trimaran.train.watch import Watch
 
 if TYPE_CHECKING:
     from trimaran.parallel.pipeline import Pipeline
@@ -76,7 +79,7 @@ class Run:
     """One run: what it changes, what it reads, where it writes. `step` counts finished updates.
 
     world: the processes it is spread over; cuts: what `parallelize` left of each parameter in this one. asked: the
-    signal that this process heard; stopping: whether any did, on which all agree.
+    signal that this process heard; stopping: whether any did, on which all agree. draws: of a model in narrow numbers.
     """
 
     folder: Path
@@ -91,12 +94,16 @@ class Run:
     step: int = 0
     world: World = field(default_factory=World)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    draws: Draws | None = None
     asked: int | None = None
     stopping: bool = False
     parameters: list[torch.nn.Parameter] = field(init=False)
+    watch: Watch = field(init=False)
     pipeline: "Pipeline | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.watch = Watch(self.world)
+        check_begun(self.settings, self.draws)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.model.recompute(self.settings.recompute)
         if self.world.settings.pp > 1:
@@ -137,12 +144,17 @@ def fit(run: Run) -> int:
 def advance(run: Run, interrupts: Interrupts, progress: Progress | Silence, keeper: "Keeper | None") -> None:
     """A step and what is due after it: validation, a line in the metrics, a checkpoint."""
     settings = run.settings
-    batch, lr = next(run.loader), settings.schedule()(run.step)
+    with run.watch.own():
+        batch, lr = next(run.loader), settings.schedule()(run.step)
     run.asked = interrupts.asked
-    values = {**run.loader.observed(), **train_step(run, batch, lr)}
+    values: dict[str, Any] = {**run.loader.observed(), **train_step(run, batch, lr)}
     run.step += 1
     if run.held_out and due(run.step, settings.eval_every, settings.steps):
         values |= held_out(run)
+    by_process, warning = run.watch.after_step(run.step)
+    if warning:
+        progress.say(warning)
+    values |= by_process
     progress.update(run.step, tokens=batch.tokens_BT.numel(), lr=lr, **values)
     if run.world.alone:
         run.stopping = interrupts.asked is not None
@@ -168,6 +180,8 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
     Reading those is the one wait for the device in a step: nothing may be updated before they are known to be finite.
     """
     objective, model = run.objective, run.model
+    if run.draws is not None:
+        run.draws.begin(run.step)
     streams = run.world.share(objective.streams(batch, run.step)).to(model.device)
     run.optimizer.zero_grad(set_to_none=True)
     seen = run.world.total({**gradients(run, streams), **signals(run)})
@@ -179,7 +193,8 @@ def train_step(run: Run, batch: Rows, lr: float) -> dict[str, float]:
         objective.abandon()
         raise diverged(run, batch, lr, values)
     set_learning_rate(run.optimizer, lr)
-    run.optimizer.step()
+    with run.watch.own():
+        run.optimizer.step()
     objective.after_step()
     model.version += 1
     return values
@@ -219,8 +234,8 @@ def parts(streams: R, count: int) -> list[R]:
 
 
 def autocast(run: Run) -> torch.autocast:
-    """bf16 for the products where the recipe says so; the weights and what the number contract names stay in fp32."""
-    return torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16")
+    """bf16 for the products unless the recipe says fp32; the weights and what the number contract names stay fp32."""
+    return torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.settings.precision != "fp32")
 
 
 def held_out(run: Run) -> dict[str, float]:
