@@ -170,4 +170,6 @@ def grouped_linear_reference(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) 
             start += count
     if start < len(x_SI):  # rows past the last expert
         pieces.append(x_SI.new_zeros(len(x_SI) - start, weight_EOI.shape[1]))
+    if not pieces:  # no rows, and a gradient of zeros for the weights
+        return F.linear(x_SI, weight_EOI[0])
     return torch.cat(pieces)
