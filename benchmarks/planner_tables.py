@@ -108,6 +108,8 @@ WEAK = (
     (314, 128, 16384, 96, 8, 8, 48, 1152, 474.4),
     (462, 144, 18432, 112, 8, 16, 48, 3072, 459.9),
 )
+# GPUs | dp | MFU, a rounded percentage. The same README: 177B, tp 8, pp 6, batch 1152.
+STRONG = ((96, 2, 0.47), (4608, 96, 0.42))
 # GPUs | cp | dp | sequence | rows per dp | TFLOP/s. arXiv 2407.21783, table 4; tp 8, pp 16. Row 3: dp 8 multiplies.
 LLAMA = ((8192, 1, 64, 8192, 32, 430.0), (16384, 1, 128, 8192, 16, 400.0), (16384, 16, 8, 131072, 16, 380.0))
 
@@ -135,6 +137,18 @@ def weak() -> list[Row]:
     return rows
 
 
+def strong() -> list[Row]:
+    """For the trend alone: the shares are rounded, so these rows are in no fit."""
+    rows = []
+    for gpus, dp, share in STRONG:
+        config, layout = gpt(96, 12288, 96, 131072), Layout(1, dp, 1, 8, 6)
+        flops = megatron_flops(96, 12288, 131072, 4096, 1152, 3)
+        name, speed = f"177B, {gpus} GPUs", round(share * 989.4, 1)
+        row = Row("strong scaling, H100", name, config, "h100", MEGATRON_2024, layout, 4096, 1152, speed, flops, True)
+        rows.append(row)
+    return rows
+
+
 def llama() -> list[Row]:
     """The count of flops is not stated; causal attention is taken, as NVIDIA's later tables have it."""
     config, rows = preset("llama3-405b"), []
@@ -149,3 +163,28 @@ def llama() -> list[Row]:
 
 def published() -> list[Row]:
     return [*sc21(), *weak(), *llama()]
+
+
+# NeMo AutoModel: weights and gradients sharded, bf16 messages, tokens sent once per node (DeepEP).
+AUTOMODEL = Practice(message=2, dispatch_once=True, keeps_gathered=False, stream=2)
+# preset | changes | GPUs | rows | micro-batch | tokens/s/GPU. H100, bf16, sequence 4096, fsdp = ep = GPUs.
+# NeMo AutoModel's performance summary, 26.02 and October 2025; Super is taken without its draft block, as the published
+# ratio of TFLOP/s and tokens/s says.
+UNSEEN = (
+    ("nano-3", {}, 8, 512, 4, 16789),
+    ("qwen3-30b-a3b", {}, 8, 512, 4, 12040),
+    ("super-3", {"mtp_pattern": ""}, 64, 512, 2, 4497),
+)
+
+
+def unseen() -> list[tuple[Row, float]]:
+    """Runs of models with experts, and their published tokens/s per GPU."""
+    rows = []
+    for name, changes, gpus, batch, micro, speed in UNSEEN:
+        config = preset(name)
+        assert isinstance(config, ModelConfig)
+        layout = Layout(fsdp=gpus, ep=gpus, micro_batch=micro)
+        rows.append(
+            (Row("AutoModel", name, config.replace(**changes), "h100", AUTOMODEL, layout, 4096, batch, 0, 0), speed)
+        )
+    return rows

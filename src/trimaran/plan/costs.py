@@ -13,7 +13,7 @@ then put together); its formulas were not published, these are our own:
 attention and the scan, and one more forward where a layer is recomputed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from trimaran.model.config import ATTENTION, ModelConfig
@@ -130,7 +130,7 @@ class Costs:
 
     def stage(self, stage: Stage, layout: Layout) -> Times:
         """One micro-batch through one stage, forward and backward."""
-        practice, parts, hidden = self.job.practice, Times(), 0.0
+        practice, parts, hidden = self.hides, Times(), 0.0
         for part, number, _ in self.content(stage):
             one, again = self.passed(part, layout), part.letter in layout.recompute
             parts.compute += number * (one.forward + one.backward)
@@ -178,7 +178,7 @@ class Costs:
     def bound(self, layout: Layout) -> float:
         """What the step takes at least: its slowest stage is no quicker than the mean of all, and hiding hides no more
         than the shorter of computing and messages."""
-        practice = self.job.practice
+        practice = self.hides
         working = exposed = hidden = 0.0
         for part, number, _ in self.whole:
             one, again = self.passed(part, layout), part.letter in layout.recompute
@@ -196,6 +196,15 @@ class Costs:
                 exposed += time * (not hides)
         count = self.job.rows // layout.rows // layout.micro_batch
         return count * (max(working, hidden) + exposed) / layout.pp
+
+    @cached_property
+    def hides(self) -> Practice:
+        """The practice, as far as the machine lets it hide messages."""
+        if self.job.hardware.hides:
+            return self.job.practice
+        return replace(
+            self.job.practice, hides_data=False, hides_tensor=False, hides_pipeline=False, hides_experts=False
+        )
 
     @cached_property
     def whole(self) -> list[tuple[Block, int, int]]:
@@ -303,13 +312,13 @@ class Costs:
             for place, run in enumerate(("backward", "forward")):
                 say = sum(copies * tail[place] for tail, copies in tails)
                 work = sum(number * getattr(self.passed(part, layout), run) for part, number, _ in content)
-                hides = self.job.practice.hides_data
+                hides = self.hides.hides_data
                 taken += together(work, say, reach.slowed_compute, reach.slowed_link) - work if hides else say
                 talk += say
             worst = max(worst, (taken, talk))
         parts.data += worst[1]
         parts.overlap += worst[0] - worst[1]
-        parts.optimizer = held * ADAM_BYTES / (hardware.bandwidth * reach.memory)
+        parts.optimizer = held * ADAM_BYTES / (hardware.bandwidth * reach.optimizer)
         parts.other = reach.step
 
     def tail(self, part: Block, layout: Layout) -> tuple[float, float, float]:

@@ -29,7 +29,7 @@ class Reach(Settings):
     """How much of the stated figures work reaches.
 
     matmul, attention, scan   share of peak FLOP/s: matrix products, fused attention, the Mamba-2 scan
-    memory                    share of memory bandwidth, for all that is read and written
+    memory, optimizer         share of memory bandwidth, for all that is read and written; for the optimizer's pass
     link, network             share of the links' bandwidth
     launch                    seconds that one more operation costs, whatever its size
     step                      seconds of a step that no part explains: batches, logs, the slowest of many
@@ -42,6 +42,7 @@ class Reach(Settings):
     attention: float = Field(0.5, gt=0)
     scan: float = Field(0.12, gt=0)
     memory: float = Field(0.8, gt=0)
+    optimizer: float = Field(0.8, gt=0)
     link: float = Field(0.75, gt=0, le=1)
     network: float = Field(0.75, gt=0, le=1)
     launch: float = Field(1.5e-6, ge=0)
@@ -56,6 +57,7 @@ class Hardware(Settings):
 
     peak        FLOP/s by number format of matrix products; a format that is missing runs as the next wider one
     domain      devices joined by the fast links; beyond it the network
+    hides       messages can run beside computing
     chunk_operations   operations that the scan starts per chunk; 0: it is one kernel
     reserved    bytes that driver, libraries and communication keep from the model
     latency     seconds of one hop: inside the domain, beyond it
@@ -69,6 +71,7 @@ class Hardware(Settings):
     link: float = Field(gt=0)
     domain: int = Field(gt=0)
     network: float = Field(gt=0)
+    hides: bool = True
     chunk_operations: int = Field(0, ge=0)
     reserved: float = Field(0.0, ge=0)
     latency: tuple[float, float] = (6e-6, 12e-6)

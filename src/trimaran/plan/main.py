@@ -23,7 +23,7 @@ def main(target: str, overrides: list[str] | tuple[str, ...] = (), json: bool = 
     asked = source(target, list(overrides))
     gpus = number(flags["gpus"] or GPUS, "--gpus")
     if flags["measure"]:
-        flags["hardware"] = measured(flags["measure"], gpus)
+        flags["hardware"] = measured(flags["measure"], gpus, flags["precision"] or asked.precision or "fp32")
     job = job_of(asked, flags)
     found = one(job, gpus, flags["given"]) if flags["given"] else search(job, gpus)
     content = document(target, job, gpus, found)
@@ -40,13 +40,13 @@ NAMES = (
 )
 
 
-def measured(path: str, gpus: int) -> str:
+def measured(path: str, gpus: int, precision: str) -> str:
     """Measures this machine and writes the file that stands for it from now on."""
     from trimaran.plan.measure import measure  # torch and processes, for this flag alone
 
     if not path.endswith(".json"):
         path += ".json"
-    hardware = measure(max(2, min(gpus, 8)))
+    hardware = measure(max(2, min(gpus, 8)), "bf16" if precision == "bf16" else "fp32")
     with writing(path):
         Path(path).write_text(hardware.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path
