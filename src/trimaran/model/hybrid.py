@@ -23,7 +23,7 @@ from trimaran.model.moe import MoE, Router
 from trimaran.model.norm import GatedRMSNorm, RMSNorm
 from trimaran.model.recompute import again
 from trimaran.model.scale import Scale
-from trimaran.model.sphere import project, step_on_sphere
+from trimaran.model.sphere import project_module, step_on_sphere
 from trimaran.model.state import Over, PassMemory, StackMemory, State
 from trimaran.ops.numbers import parameter_dtype
 
@@ -281,41 +281,52 @@ def build(
     with torch.device("meta"):
         model = HybridModel(config)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            asked = torch.empty(parameter.shape, device=device, dtype=parameter_dtype(name, dtype))
-            setattr(module, name, nn.Parameter(asked))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=parameter_dtype(name, dtype)))
+        allocate(module, device, dtype)
     if torch.device(device).type != "meta":
         initialise(model, seed)
     return model
 
 
-@torch.no_grad()
+def allocate(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Gives the module's own parameters and buffers memory, uninitialised."""
+    for name, parameter in module.named_parameters(recurse=False):
+        asked = torch.empty(parameter.shape, device=device, dtype=parameter_dtype(name, dtype))
+        setattr(module, name, nn.Parameter(asked))
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, torch.empty(buffer.shape, device=device, dtype=parameter_dtype(name, dtype)))
+
+
 def initialise(model: HybridModel, seed: int | None = 0) -> None:
-    """Megatron-LM's rules for hybrids: N(0, std) everywhere, residual-out maps N(0, std / sqrt(blocks)), D = 1,
-    A uniform in [1, 16), dt log-uniform in [time_step_min, time_step_max], convolutions uniform in +-1/sqrt(taps)."""
-    config = model.config
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(model.device).manual_seed(seed)
-    std, out_std = config.initializer_range, config.initializer_range / math.sqrt(len(config.pattern))
+    """Draws all weights. seed None: from torch's global generator."""
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     for name, module in model.named_modules():
-        if isinstance(module, (Linear, StackedLinear)):
-            residual_out = name.rsplit(".", 1)[-1] in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
-            module.weight.normal_(0, out_std if residual_out else std, generator=generator)
-        elif isinstance(module, (Embedding, Router)):
-            module.weight.normal_(0, std, generator=generator)
-            if isinstance(module, Router) and config.router == "sigmoid":
-                module.e_score_correction_bias.zero_()
-        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
-            module.weight.fill_(1)
-        elif isinstance(module, Scale):
-            module.weight.fill_(module.stored)
-        elif isinstance(module, Mamba):
-            initialise_mamba(module, config, generator)
+        initialise_module(name, module, model.config, generator)
+
+
+@torch.no_grad()
+def initialise_module(name: str, module: nn.Module, config: ModelConfig, generator: torch.Generator | None) -> None:
+    """Draws a module's own weights, a mixer's convolution with it.
+
+    Megatron-LM's rules for hybrids: N(0, std) everywhere, residual-out maps N(0, std / sqrt(blocks)), D = 1, A uniform
+    in [1, 16), dt log-uniform in [time_step_min, time_step_max], convolutions uniform in +-1/sqrt(taps). On the sphere
+    they are put there.
+    """
+    std, out_std = config.initializer_range, config.initializer_range / math.sqrt(len(config.pattern))
+    if isinstance(module, (Linear, StackedLinear)):
+        residual_out = name.rsplit(".", 1)[-1] in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
+        module.weight.normal_(0, out_std if residual_out else std, generator=generator)
+    elif isinstance(module, (Embedding, Router)):
+        module.weight.normal_(0, std, generator=generator)
+        if isinstance(module, Router) and config.router == "sigmoid":
+            module.e_score_correction_bias.zero_()
+    elif isinstance(module, (RMSNorm, GatedRMSNorm)):
+        module.weight.fill_(1)
+    elif isinstance(module, Scale):
+        module.weight.fill_(module.stored)
+    elif isinstance(module, Mamba):
+        initialise_mamba(module, config, generator)
     if config.residual == "ngpt":
-        project(model)
+        project_module(name, module)
 
 
 def initialise_mamba(mixer: Mamba, config: ModelConfig, generator: torch.Generator | None) -> None:

@@ -30,11 +30,16 @@ def step_on_sphere(x_BTD: Tensor, mixed_BTD: Tensor, alpha: Scale) -> Tensor:
     return unit_norm(x + alpha.vector().abs() * (target - x)).to(x_BTD.dtype)
 
 
-@torch.no_grad()
 def project(model: nn.Module) -> None:
     """Puts every matrix back on the sphere: rows of length D, or columns for maps into the residual."""
     for name, module in model.named_modules():
-        if isinstance(module, (Linear, Embedding)):
-            axis = 0 if name.rsplit(".", 1)[-1] in COLUMNS else 1
-            weight = module.weight
-            weight.copy_(unit_norm(weight.transpose(axis, -1)).transpose(axis, -1))
+        project_module(name, module)
+
+
+@torch.no_grad()
+def project_module(name: str, module: nn.Module) -> None:
+    """`project` for one module's own weight."""
+    if isinstance(module, (Linear, Embedding)):
+        axis = 0 if name.rsplit(".", 1)[-1] in COLUMNS else 1
+        weight = module.weight
+        weight.copy_(unit_norm(weight.transpose(axis, -1)).transpose(axis, -1))

@@ -29,6 +29,7 @@ from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.loop import Run
 from trimaran.train.objective import Pretraining
 from trimaran.train.optim import adamw, muon
+from trimaran.train.precision import begin_precision
 from trimaran.train.recipe import DataSettings, PretrainRecipe, TrainSettings
 
 STAGING = ".tokenizer-"
@@ -131,7 +132,7 @@ def begin(
     """A run at its first step: `model`, or one drawn from the seed; the loader at the start. Raises Refusal for too
     little text.
 
-    world: the processes that it is spread over; each gives the whole model, and keeps its part.
+    world: the processes that it is spread over; each keeps its part of the model.
     """
     world = world or World(device=place(recipe.train.device))
     settings, data, config = recipe.train, recipe.data, prepared.config
@@ -155,6 +156,7 @@ def begin(
     say(f"model: {config.pattern} with {sizes.total:,} parameters, {sizes.active:,} active per token")
     torch.manual_seed(recipe.seed)
     model = model or build(config, world.device, seed=recipe.seed)
+    draws = begin_precision(model, settings, recipe.seed, world)
     cuts: Mapping[str, Cut] = {} if world.alone else parallelize(model, world, data.sequence_length // 2)
     return Run(
         Path(recipe.run),
@@ -168,6 +170,7 @@ def begin(
         label,
         world=world,
         cuts=cuts,
+        draws=draws,
     )
 
 
@@ -182,7 +185,7 @@ def optimizer_of(settings: TrainSettings, model: HybridModel) -> torch.optim.Opt
     shared: dict[str, Any] = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
     if settings.optimizer == "adamw":
         return adamw(model, **shared)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else model.dtype
+    dtype = model.dtype if settings.precision == "fp32" else torch.bfloat16
     return muon(model, times=settings.muon_times, momentum=settings.muon_momentum, dtype=dtype, **shared)
 
 
