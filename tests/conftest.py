@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A clock says nothing about what is tested, and the machine may be busy.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 torch.set_num_threads(1)  # tests run in parallel processes; more threads would only contend
 
