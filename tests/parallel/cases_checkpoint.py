@@ -185,6 +185,7 @@ def merged(sizes: Sizes) -> None:
         shutil.rmtree(folder)
 
 
+FSDP_TP = {"fsdp": 2, "tp": 2}
 CASES = {
     "checkpoint of fsdp on 2": (2, lambda size: round_trip({"fsdp": 2}, {"replicate": 2})),
     "checkpoint of replicas on 2": (2, lambda size: round_trip({"replicate": 2})),

@@ -14,6 +14,7 @@ random generators is a process's own where a process of its rank wrote one, else
 The weights for the hub are read out of the last checkpoint, a file's worth at a time: no process ever holds the model.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -107,6 +108,8 @@ class Keeper:
                 snapshot, storage_writer=ChunkWriter(stage, commit), planner=BoxPlanner(), process_group=self.group
             )
         except CheckpointException as problem:  # DCP's bundle: what went wrong, by process
+            if self.world.first:
+                shutil.rmtree(stage, ignore_errors=True)
             rank, (cause, _) = next(iter(problem.failures.items()))
             cause.add_note(f"while process {rank} saved step {step}")
             raise cause from problem
