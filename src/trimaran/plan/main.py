@@ -9,10 +9,10 @@ from rich.console import Console
 from trimaran.errors import writing
 from trimaran.plan import show
 from trimaran.plan.costs import Costs, Job
-from trimaran.plan.layout import check, given
+from trimaran.plan.layout import Layout, check, given
 from trimaran.plan.memory import Room
 from trimaran.plan.request import GPUS, Source, job_of, number, source
-from trimaran.plan.search import Found, Plan, plan_of, search
+from trimaran.plan.search import NEED, Found, Plan, plan_of, search
 
 
 def main(target: str, overrides: list[str] | tuple[str, ...] = (), json: bool = False, **flags: str | None) -> None:
@@ -75,10 +75,18 @@ def document(name: str, job: Job, gpus: int, found: Found) -> dict[str, Any]:
         "alternatives": [row(job, gpus, plan) for plan in others],
         "looked_at": found.looked_at,
         "fell_out": [
-            {"reason": reason, "layouts": number, "example": found.examples[reason]}
+            {"reason": reason, "layouts": number, "example": example(job, reason, found.examples[reason])}
             for reason, number in found.fell.most_common()
         ],
     }
+
+
+def example(job: Job, reason: str, layout: Layout) -> str:
+    """One of the layouts that fell out, with its size where that was the reason."""
+    if reason != NEED:
+        return layout.words()
+    size = Room(Costs(job)).needed(layout).total
+    return f"{layout.words()}: {size / 1e9:.1f} of {job.hardware.usable / 1e9:.1f} GB"
 
 
 def row(job: Job, gpus: int, plan: Plan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ travel lie whole. With several micro-batches the total grows with their size, an
 search relies on both.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -54,16 +55,22 @@ class Room:
 
     def needed(self, layout: Layout) -> Bytes:
         """The parts of the fullest stage."""
+        return max(self.by_stage(layout), key=lambda parts: parts.total)
+
+    def fits(self, layout: Layout, usable: float) -> bool:
+        """Whether no stage needs more, found without looking at stages behind one that does."""
+        return all(parts.total <= usable for parts in self.by_stage(layout))
+
+    def by_stage(self, layout: Layout) -> Iterator[Bytes]:
+        """The parts of each stage that differs from those before it; the first is often the fullest."""
         count = self.costs.job.rows // layout.rows // layout.micro_batch
-        found, seen = Bytes(), set()
+        seen = set()
         for place, stage in enumerate(self.costs.stages(layout)):
             waiting = layout.pp - place + ((layout.pp - 1) / layout.virtual if layout.virtual > 1 else 0)
             under_way = min(count, waiting)
             if (stage, under_way) not in seen:
                 seen.add((stage, under_way))
-                parts = self.of_stage(stage, layout, under_way, count > 1)
-                found = max(found, parts, key=lambda parts: parts.total)
-        return found
+                yield self.of_stage(stage, layout, under_way, count > 1)
 
     def of_stage(self, stage: Stage, layout: Layout, under_way: float, several: bool) -> Bytes:
         """One stage with so many micro-batches under way (a share of one, with virtual stages), of several or one."""

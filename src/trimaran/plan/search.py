@@ -24,7 +24,7 @@ from trimaran.plan.costs import Costs, Job, Times
 from trimaran.plan.layout import AXES, Layout, divisors, factorings, fault
 from trimaran.plan.memory import Bytes, Room
 
-NEED, SLOW, DOMINATED = "does not fit in memory", "slower even without messages", "more recomputation than needed"
+NEED, SLOW, DOMINATED = "does not fit in memory", "slower even without waiting", "more recomputation than needed"
 SURE = 1 - 1e-9  # what rounding may add to a bound
 
 
@@ -45,19 +45,17 @@ class Plan:
 
 @dataclass
 class Found:
-    """The best plans, quickest first; how many layouts fell out for which reason, with an example each; and of those
-    that do not fit, the one that misses by least."""
+    """The best plans, quickest first; how many layouts fell out for which reason, with an example each."""
 
     plans: list[Plan] = field(default_factory=list)
     fell: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    closest: tuple[int, Layout] | None = None
+    examples: dict[str, Layout] = field(default_factory=dict)
     looked_at: int = 0
 
-    def drop(self, reason: str, layout: Layout, number: int = 1, about: str = "") -> None:
-        if number:
-            self.fell[reason] += number
-            self.examples.setdefault(reason, f"{layout.words()}{about}")
+    def drop(self, reason: str, layout: Layout, number: int = 1) -> None:
+        """Counts variants of a layout that fell out."""
+        self.fell[reason] += number
+        self.examples.setdefault(reason, layout)
 
 
 def plan_of(room: Room, layout: Layout) -> Plan:
@@ -115,9 +113,8 @@ def of_axes(room: Room, axes: Layout, batches: list[int], sets: list[str], limit
         if full and not one_alone:
             found.drop(NEED, least, len(sets))
             continue
-        if (size := room.needed(least).total) > usable:
-            miss(found, least, size - int(usable))
-            found.drop(NEED, least, len(sets), f": {size / 1e9:.0f} of {usable / 1e9:.0f} GB")
+        if not room.fits(least, usable):
+            found.drop(NEED, least, len(sets))
             full = True
             continue
         fitting: list[set[str]] = []
@@ -131,8 +128,8 @@ def of_axes(room: Room, axes: Layout, batches: list[int], sets: list[str], limit
                 found.drop(DOMINATED, layout)
             elif slow:
                 found.drop(SLOW, layout)
-            elif (size := room.needed(layout).total) > usable:
-                found.drop(NEED, layout, 1, f": {size / 1e9:.0f} of {usable / 1e9:.0f} GB")
+            elif not room.fits(layout, usable):
+                found.drop(NEED, layout)
             else:
                 fitting.append(set(letters))
                 found.looked_at += 1
@@ -141,19 +138,17 @@ def of_axes(room: Room, axes: Layout, batches: list[int], sets: list[str], limit
     return best
 
 
-def miss(found: Found, layout: Layout, short: int) -> None:
-    if found.closest is None or (short, layout) < found.closest:
-        found.closest = short, layout
-
-
 def nothing(job: Job, gpus: int, found: Found) -> Refusal:
     """What to say when no layout is left."""
     name = job.hardware.name
-    if found.closest is None:
+    sets, room = recomputations(job.config.pattern), Room(Costs(job))
+    least = [replace(layout, recompute=sets[-1]) for layout, _ in spaces(job, gpus, Found())]
+    if not least:
         reasons = "; ".join(f"{reason} ({number})" for reason, number in found.fell.most_common(3))
         step = f"choose other numbers of rows or devices: {job.rows} rows of {job.sequence} on {gpus}"
         return Refusal(f"no legal layout for {gpus} devices: {reasons}", f"a product of {', '.join(AXES)}", step)
-    short, layout = found.closest
+    size, layout = min((room.needed(one).total, one) for one in least)
+    short = size - job.hardware.usable
     return Refusal(
         f"no layout fits on {gpus} x {name}: the closest, {layout.words()}, is {short / 1e9:.1f} GB a device too large",
         f"{job.hardware.usable / 1e9:.0f} GB a device",

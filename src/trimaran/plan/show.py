@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 TIME = {
@@ -68,8 +69,13 @@ def plans(content: dict[str, Any]) -> Table:
             f"{row['model_tflops_per_gpu']:.4g}",
             f"{row['bytes_per_gpu'] / 1e9:.1f}",
         )
-        table.add_row(f"  {row['layout']['words']}", *cells, style="bold" if place == 0 else "")
+        table.add_row(indented(row["layout"]["words"]), *cells, style="bold" if place == 0 else "")
     return table
+
+
+def indented(words: str) -> Padding:
+    """Words whose further lines stand in as far as the first."""
+    return Padding(words, (0, 0, 0, 2))
 
 
 def parts(title: str, values: dict[str, float], names: dict[str, str], unit: float, sign: str) -> Table:
