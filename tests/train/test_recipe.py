@@ -58,7 +58,7 @@ def test_the_schedule_comes_in_steps():
         (["train.accumulate=9"], ["accumulate = 9", "batch_size = 8"]),
         (["train.min_lr=1"], ["min_lr = 1.0", "lr = 0.001"]),
         (["train.steps=0"], ["train.steps = 0", "> 0"]),
-        (["train.precision=fp16"], ["'bf16' or 'fp32'"]),
+        (["train.precision=fp16"], ["'bf16' or 'fp8' or 'fp32' or 'nvfp4'"]),
         (["train.decay_shape=sqrt"], ["'minus_sqrt'"]),
     ],
 )

@@ -148,6 +148,10 @@ def check_plain(model: HybridModel) -> None:
     """Refuses what cannot be adapted."""
     if adapted(model):
         raise Refusal("a model that has adapters", "one without", "merge them first: trimaran.model.lora.merge")
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, StackedLinear)) and type(module) not in (Linear, Head, StackedLinear):
+            found = f"{name}, a {type(module).__name__}: an adapter would take its numbers away"
+            raise Refusal(found, "plain linear maps", "adapt the model before it is rewritten, or load it again")
     if model.config.residual == "ngpt":
         step = "fine-tune all weights: leave the table lora out"
         raise Refusal("lora for a model of residual = 'ngpt'", "residual = 'prenorm'", step)
@@ -163,6 +167,7 @@ def adapt(model: HybridModel, name: str, rank: int, scale: float, dropout: float
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` is in `model`."""
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, module)
 

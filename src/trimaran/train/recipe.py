@@ -14,6 +14,7 @@ from trimaran.model.config import LETTERS, ModelConfig
 from trimaran.model.presets import preset, sized
 from trimaran.model.size import ShapeOnly
 from trimaran.parallel.settings import ParallelSettings
+from trimaran.quant.settings import FormatSettings
 from trimaran.train.schedule import Schedule
 
 
@@ -116,7 +117,9 @@ class TrainSettings(Settings):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float | None = Field(1.0, gt=0)  # "none": gradients as they are
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 weights
+    # bf16: autocast over fp32 weights; fp8, nvfp4: most products in narrow numbers beneath it
+    precision: Literal["fp32", "bf16", "fp8", "nvfp4"] = "fp32"
+    formats: FormatSettings = FormatSettings()  # of fp8 and nvfp4
     device: str = "cpu"
     recompute: str = ""  # pattern letters whose blocks keep no activations and run again for the gradient
     router_bias_rate: float = Field(1e-3, ge=0)
@@ -140,6 +143,9 @@ class TrainSettings(Settings):
         if self.accumulate > self.batch_size:
             found = f"accumulate = {self.accumulate}"
             raise Refusal(found, f"1 to batch_size = {self.batch_size}", "lower it, or raise batch_size")
+        if self.precision in ("fp32", "bf16") and self.formats != FormatSettings():
+            found = f"train.formats beside precision = {self.precision!r}"
+            raise Refusal(found, "precision = 'fp8' or 'nvfp4'", "remove the table train.formats, or set precision")
         if self.min_lr > self.lr:
             raise Refusal(f"min_lr = {self.min_lr}", f"0 to lr = {self.lr}", "lower min_lr")
         return self

@@ -20,6 +20,7 @@ from trimaran.text.tokenizer import Tokenizer
 from trimaran.train.adapters import begin_adapters
 from trimaran.train.folder import absolute, carry_out
 from trimaran.train.loop import Run
+from trimaran.train.precision import begin_precision
 from trimaran.train.prepare import objective_of, optimizer_of, place
 from trimaran.train.sft_recipe import MessagesSettings, SftRecipe
 
@@ -59,9 +60,10 @@ def begin(recipe: SftRecipe, label: str = "sft") -> Run:
         tokenizer.save(recipe.run)
     torch.manual_seed(recipe.seed)
     begin_adapters(model, recipe.lora, settings, recipe.seed)
+    draws = begin_precision(model, settings, recipe.seed)
     objective, optimizer = objective_of(settings, model), optimizer_of(settings, model)
     scored = [Answers(held_out, tokenizer.byte_lengths, **shape)] if len(held_out) else []
-    return Run(Path(recipe.run), settings, model, objective, optimizer, packs, scored, tokenizer, label)
+    return Run(Path(recipe.run), settings, model, objective, optimizer, packs, scored, tokenizer, label, draws=draws)
 
 
 def opened_tokenizer(start: str) -> Tokenizer:

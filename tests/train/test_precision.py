@@ -1,0 +1,80 @@
+"""Low precision through the loop: a recipe is obeyed, a killed run ends with the same bits, no stage is silent."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.runs import read_recipe, start, write_recipe
+from trimaran import config
+from trimaran.errors import Refusal
+from trimaran.quant.linear import NarrowLinear
+from trimaran.report import read_metrics
+from trimaran.train import pretrain
+from trimaran.train.loop import Run
+from trimaran.train.prepare import begin, objective_of, optimizer_of, prepare
+
+
+def finished(path: Path) -> Path:
+    process = start(path)
+    process.join(120)
+    assert process.exitcode == 0, path.with_suffix(".log").read_text()
+    return path.parent / "run"
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path):
+    chosen = {"precision": "nvfp4", "formats": {"last": 1, "mxfp8": ["out_proj"]}, "accumulate": 2}
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    for folder in (whole, killed):
+        folder.mkdir()
+        write_recipe(folder, **chosen)
+    expected = finished(whole / "recipe.toml")
+    process = start(killed / "recipe.toml")
+    latest = killed / "run" / "checkpoints" / "LATEST"
+    while process.is_alive() and not latest.is_file():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    found = finished(killed / "recipe.toml")
+    assert "going on after step" in (killed / "recipe.log").read_text()
+    tensors, others = (load_file(run / "model.safetensors") for run in (found, expected))
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    trained = [one["loss"] for one in read_metrics(expected / "metrics.jsonl")]
+    assert trained[-1] < trained[0]
+
+
+def test_the_first_step_is_in_narrow_numbers(tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16", "fp8", "nvfp4"):
+        (tmp_path / precision).mkdir()
+        recipe = read_recipe(tmp_path / precision, precision=precision, steps=1)
+        assert pretrain.main(recipe) == 0
+        losses[precision] = read_metrics(tmp_path / precision / "run" / "metrics.jsonl")[0]["loss"]
+    off = {precision: abs(loss / losses["fp32"] - 1) for precision, loss in losses.items()}
+    assert 0 < off["bf16"] < off["fp8"] < 0.02 and 0 < off["nvfp4"] < 0.05
+
+
+def test_settings_reach_the_maps(tmp_path):
+    recipe = read_recipe(tmp_path, 'train.formats.high=["experts"]', precision="fp8", formats={"scaling": "blocks"})
+    assert config.load(type(recipe), tmp_path / "recipe.toml").train.formats.scaling == "blocks"
+    run = begin(recipe, prepare(recipe))
+    names = {name: module.manner.name for name, module in run.model.named_modules() if isinstance(module, NarrowLinear)}
+    assert set(names.values()) == {"fp8 in blocks"} and not any(".experts." in name for name in names)
+    assert run.draws is not None
+
+
+def test_a_stage_that_does_not_know_it_refuses(tmp_path):
+    recipe = read_recipe(tmp_path, precision="nvfp4")
+    run = begin(recipe, prepare(recipe))
+    model, settings = run.model, recipe.train
+    with pytest.raises(Refusal, match=r"precision = 'nvfp4'.*pretraining"):
+        Run(tmp_path, settings, model, objective_of(settings, model), optimizer_of(settings, model), run.loader)
+
+
+def test_a_table_that_nobody_reads_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="formats beside precision = 'bf16'"):
+        read_recipe(tmp_path, precision="bf16", formats={"last": 1})
+    with pytest.raises(Refusal, match="hadamrd"):
+        read_recipe(tmp_path, precision="nvfp4", formats={"hadamrd": False})
