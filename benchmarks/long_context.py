@@ -43,11 +43,11 @@ from trimaran.train.validate import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
 SHORT, LONG, LENGTHS, PROBLEMS = 128, 512, (128, 256, 512), 250
-STEPS, ROWS, PEAK = {"base": 450, "extended": 80, "control": 80}, 32, 9e-3
-TEXT_BYTES, NAMES = 2_000_000, 24
+STEPS, ROWS, PEAK = {"base": 900, "extended": 100, "control": 100}, 32, 9e-3
+TEXT_BYTES, NAMES, VOCABULARY = 3_000_000, 24, 512
 ARCHITECTURE = {**MODEL, "mtp_pattern": "", "initializer_range": 0.05}
-NEAR = {"words": 76, "facts": 8, "repeats": 13, "varied": True, "names": NAMES}  # about 120 tokens
-FAR = {"words": 320, "facts": 16, "repeats": 60, "varied": True, "names": NAMES}  # about 480
+NEAR = {"words": 80, "facts": 8, "repeats": 14, "varied": True, "names": NAMES}  # a row of 128 and a little more
+FAR = {"words": 270, "facts": 16, "repeats": 50, "varied": True, "names": NAMES}  # about a row of 512
 TRAIN = {
     "batch_size": ROWS,
     "optimizer": "muon",
@@ -56,10 +56,10 @@ TRAIN = {
     "mtp_scale": 0.0,
     "eval_tokens": 40_000,
 }
-WEIGHTS = {"text": 0.25, "near": 0.75}
+WEIGHTS = {"text": 0.4, "near": 0.6}
 TURNS = [
     {"sequence_length": SHORT, "weights": WEIGHTS},
-    {"sequence_length": LONG, "weights": {"text": 0.25, "far": 0.75}},
+    {"sequence_length": LONG, "weights": {"text": 0.4, "far": 0.6}},
 ]
 
 
@@ -88,6 +88,7 @@ def conditions() -> dict[str, Any]:
         "weights": WEIGHTS,
         "problems": PROBLEMS,
         "text_bytes": TEXT_BYTES,
+        "vocab_size": VOCABULARY,
     }
 
 
@@ -114,7 +115,7 @@ def texts(home: Path, seed: int) -> None:
     write(home / "text.jsonl", upto(library_texts[seed::3], TEXT_BYTES))
     write(home / "held_out.jsonl", held_out.texts())
     task = Recall(**NEAR)
-    write(home / "near.jsonl", (task.document(SPACING // 2 + seed * SPACING + number) for number in range(14_000)))
+    write(home / "near.jsonl", (task.document(SPACING // 2 + seed * SPACING + number) for number in range(16_000)))
 
 
 def upto(found: Sequence[str], size: int) -> list[str]:
@@ -136,7 +137,7 @@ def base_recipe(home: Path, seed: int) -> PretrainRecipe:
     return PretrainRecipe(
         run=str(home.absolute() / "base"),
         seed=seed,
-        tokenizer={"vocab_size": 1024},
+        tokenizer={"vocab_size": VOCABULARY},
         model=ARCHITECTURE,
         data={
             "sources": sources,
