@@ -44,6 +44,7 @@ def test_the_number_of_processes_is_the_layouts() -> None:
     ("changes", "found"),
     [
         ({"parallel.fsdp": "3"}, "4 rows of 32 in a step"),
+        ({"parallel.pp": "3"}, "4 rows of 32 in a step; allowed: a multiple of replicate x fsdp x micro_batches = 6"),
         ({"parallel.tp": "3"}, "rows of 32; allowed: a multiple of cp x tp = 3"),
         ({"parallel.fsdp": "2", "data.mixture.phases": "[{lengths = [{sequence_length = 128}]}]"}, "1 rows of 128"),
         ({"parallel.tp": "2", "train.optimizer": "'muon'"}, "muon"),

@@ -83,7 +83,7 @@ class Pipeline:
 
     def __init__(self, model: HybridModel, world: World):
         self.model, self.world = model, world
-        self.count = world.settings.micro_batches or 2 * world.settings.pp
+        self.count = world.settings.parts
         self.stage, self.last = world.place["pp"], world.settings.pp - 1
         self.copied = next(model.backbone.embeddings.parameters(), None) if read_at_the_end(model) else None
         self.schedules: dict[tuple[int, ...], Any] = {}

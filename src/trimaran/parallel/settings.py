@@ -53,6 +53,11 @@ class ParallelSettings(Settings):
         return self.replicate * self.fsdp
 
     @property
+    def parts(self) -> int:
+        """Parts of a process's rows that follow each other through a pipeline; 1 without one."""
+        return (self.micro_batches or 2 * self.pp) if self.pp > 1 else 1
+
+    @property
     def world(self) -> int:
         """Processes of the whole run."""
         return prod((self.pp, self.replicate, self.shards))

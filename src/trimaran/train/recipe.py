@@ -194,12 +194,13 @@ def check_spread(spread: ParallelSettings, train: TrainSettings, sequence_length
     if train.optimizer == "muon" and spread.tp > 1:
         found = f'train.optimizer = "muon" with parallel.tp = {spread.tp}'
         raise Refusal(found, "tp = 1: it needs whole matrices", 'set parallel.tp=1, or train.optimizer="adamw"')
+    dealt = "replicate x fsdp" + (" x micro_batches" if spread.pp > 1 else "")
     phases = range(len(mixture.phases))
     lengths = {one.sequence_length for phase in phases for one in mixture.lengths_of(phase, sequence_length)}
     for length in sorted(lengths | {sequence_length}):
         rows = train.batch_size * sequence_length // length
         for found, size, parts, axes in (
-            (f"{rows} rows of {length} in a step", rows, spread.rows, "replicate x fsdp"),
+            (f"{rows} rows of {length} in a step", rows, spread.rows * spread.parts, dealt),
             (f"rows of {length}", length, spread.cp * spread.tp, "cp x tp"),
         ):
             if size % parts:
