@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "planner.json"
 PRIOR = {"matmul": 0.75, "memory": 0.8, "link": 0.75, "network": 0.75, "attention": 0.5, "slowed": 0.2, "step": 0.02}
 SPREAD = {"matmul": 0.15, "memory": 0.3, "link": 0.3, "network": 0.3, "attention": 0.3, "slowed": 0.5, "step": 1.0}
 NOISE = 0.02  # of a published figure, as a share
+BEST, ONE_ROW, ONE_LAYER = "the planner's best", "one row, most virtual stages", "most virtual stages"
 MOST_ROWS = 4  # per micro-batch, where that was not published
 
 
@@ -40,24 +41,26 @@ def job_of(row: Row, hardware: Hardware) -> Job:
     return Job(row.config, row.sequence, row.batch, hardware, "bf16", row.practice)
 
 
-def layouts(row: Row) -> list[Layout]:
-    """What may have been run: one layout, or all micro-batches and virtual stages that the rest allows."""
+def layouts(row: Row, rule: str = BEST) -> list[Layout]:
+    """What may have been run: one layout, or all micro-batches and virtual stages that the rest and `rule` allow."""
     if not row.open:
         return [row.layout]
     found, each = [], row.batch // row.layout.rows
     pairs = len(row.config.pattern) // 2
-    for micro in (n for n in divisors(each) if n <= MOST_ROWS):
-        for virtual in divisors(-(-pairs // row.layout.pp)) if row.layout.pp > 1 else [1]:
-            if virtual == 1 or each // micro % row.layout.pp == 0:  # as Megatron's interleaved schedule asks
-                found.append(replace(row.layout, micro_batch=micro, virtual=virtual))
+    for micro in (n for n in divisors(each) if n <= (1 if rule == ONE_ROW else MOST_ROWS)):
+        chunks = divisors(-(-pairs // row.layout.pp)) if row.layout.pp > 1 else [1]
+        # Megatron's interleaved schedule wants micro-batches in multiples of the stages
+        allowed = [n for n in chunks if n == 1 or each // micro % row.layout.pp == 0]
+        for virtual in allowed if rule == BEST else allowed[-1:]:
+            found.append(replace(row.layout, micro_batch=micro, virtual=virtual))
     return found
 
 
-def predicted(row: Row, hardware: Hardware) -> tuple[float, Layout]:
+def predicted(row: Row, hardware: Hardware, rule: str = BEST) -> tuple[float, Layout]:
     """TFLOP/s per GPU, and the layout: of several the quickest that fits, or the quickest where none fits."""
     costs = Costs(job_of(row, hardware))
     room = Room(costs)
-    tried = [(room.needed(one).total > hardware.usable, costs.step(one).total, one) for one in layouts(row)]
+    tried = [(room.needed(one).total > hardware.usable, costs.step(one).total, one) for one in layouts(row, rule)]
     _, seconds, layout = min(tried)
     return row.flops / seconds / layout.world / 1e12, layout
 
@@ -70,12 +73,12 @@ def machine(name: str, logs: np.ndarray) -> Hardware:
     return find(name).replace(reach=Reach(**shares, slowed_compute=slowed, slowed_link=slowed))
 
 
-def fit(name: str, rows: list[Row]) -> Hardware:
+def fit(name: str, rows: list[Row], rule: str = BEST) -> Hardware:
     """The machine with the constants that explain the rows best."""
 
     def misses(logs: np.ndarray) -> np.ndarray:
         hardware = machine(name, logs)
-        errors = [np.log(predicted(row, hardware)[0] / row.published) / NOISE for row in rows]
+        errors = [np.log(predicted(row, hardware, rule)[0] / row.published) / NOISE for row in rows]
         return np.array([*errors, *(logs / np.array(list(SPREAD.values())))])
 
     return machine(name, least_squares(misses, np.zeros(len(PRIOR)), diff_step=1e-2).x)
@@ -94,16 +97,16 @@ def best_constant(speeds: np.ndarray) -> tuple[float, float]:
     return speed, error
 
 
-def of_machine(name: str) -> dict[str, Any]:
+def of_machine(name: str, rule: str = BEST) -> dict[str, Any]:
     """Both halves of a machine's rows, each predicted by the other."""
     rows = [row for row in published() if row.hardware == name]
     speeds = np.array([row.published for row in rows])
     held, chosen, fits = np.zeros(len(rows)), [""] * len(rows), []
     for half in (0, 1):
-        hardware = fit(name, rows[half::2])
+        hardware = fit(name, rows[half::2], rule)
         fits.append(constants(hardware))
         for place in range(1 - half, len(rows), 2):
-            held[place], layout = predicted(rows[place], hardware)
+            held[place], layout = predicted(rows[place], hardware, rule)
             chosen[place] = layout.words()
     errors = np.abs(held / speeds - 1)
     speed, error = best_constant(speeds)
@@ -116,7 +119,7 @@ def of_machine(name: str) -> dict[str, Any]:
         "spearman": float(spearmanr(held, speeds)[0]),
         "constants_of_even_rows": fits[0],
         "constants_of_odd_rows": fits[1],
-        "constants_of_all_rows": constants(fit(name, rows)),
+        "constants_of_all_rows": constants(fit(name, rows, rule)),
         "rows": [
             {
                 "table": row.table,
@@ -195,6 +198,7 @@ def main() -> None:
         },
         "machines": found,
         "tables": by_table(found),
+        "other_rules_on_h100": {rule: of_machine("h100", rule)["mean_error"] for rule in (ONE_ROW, ONE_LAYER)},
         "never_fitted": never_fitted(),
         "strong_scaling": scaled(),
         "made_on": environment(),
@@ -207,9 +211,8 @@ def main() -> None:
         for row in one["rows"]:
             print(f"  {row['table']:20} {row['model']:22} {row['published']:6.1f} {row['predicted']:6.1f}", end="")
             print(f" {row['error']:+6.1%}  {row['layout']}")
-    print(
-        json.dumps({key: document[key] for key in ("together", "tables", "never_fitted", "strong_scaling")}, indent=1)
-    )
+    shown = ("together", "tables", "other_rules_on_h100", "never_fitted", "strong_scaling")
+    print(json.dumps({key: document[key] for key in shown}, indent=1))
 
 
 if __name__ == "__main__":
