@@ -187,18 +187,12 @@ def merged(sizes: Sizes) -> None:
 
 FSDP_TP = {"fsdp": 2, "tp": 2}
 CASES = {
-    "checkpoint of fsdp on 2": (2, lambda size: round_trip({"fsdp": 2}, {"replicate": 2})),
-    "checkpoint of replicas on 2": (2, lambda size: round_trip({"replicate": 2})),
-    "checkpoint of one process read by 2": (2, lambda size: from_one({"fsdp": 2}, {"replicate": 2})),
-    "checkpoint of fsdp on 4": (4, lambda size: round_trip({"fsdp": 4}, {"replicate": 2, "fsdp": 2})),
-    "checkpoint of fsdp x replicas on 4": (4, lambda size: round_trip({"replicate": 2, "fsdp": 2})),
-    "checkpoint of one process read by 4": (4, lambda size: from_one({"fsdp": 4})),
-    "checkpoint of tp on 2": (2, lambda size: round_trip({"tp": 2}, {"fsdp": 2})),
-    "checkpoint of fsdp x tp on 4": (
-        4,
-        lambda size: round_trip({"fsdp": 2, "tp": 2}, {"fsdp": 4}, {"replicate": 2, "tp": 2}),
-    ),
-    "checkpoint of pp on 2": (2, lambda size: round_trip({"pp": 2}, {"tp": 2})),
+    "checkpoint of fsdp": (2, lambda size: round_trip({"fsdp": 2}, {"replicate": 2})),
+    "checkpoint of tp": (2, lambda size: round_trip({"tp": 2}, {"fsdp": 2})),
+    "checkpoint of pp": (2, lambda size: round_trip({"pp": 2}, {"tp": 2})),
+    "checkpoint of ties under pp": (2, lambda size: round_trip({"pp": 2}, {"fsdp": 2}, kind="llama")),
+    "checkpoint of one process": (2, lambda size: from_one({"fsdp": 2}, {"tp": 2})),
+    "checkpoint of fsdp x tp": (4, lambda size: round_trip(FSDP_TP, {"replicate": 2, "fsdp": 2})),
+    "checkpoint of fsdp x ep": (4, lambda size: round_trip({"fsdp": 4, "ep": 2}, {"cp": 2, "tp": 2, "ep": 4})),
     "checkpoint damaged": (4, damage),
-    "checkpoints merged": (2, lambda size: merged({"fsdp": 2})),
 }

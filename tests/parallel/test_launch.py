@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.train.runs import command, environment, write_recipe
 from trimaran.parallel.launch import LOST, own_part, told
 from trimaran.report import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = {"steps": 100_000, "checkpoint_every": 2}
 
 
@@ -51,12 +53,21 @@ def steps(folder: Path) -> int:
 
 
 def test_one_command_trains_on_two_processes_and_the_result_opens(tmp_path: Path) -> None:
-    path, log = write_recipe(tmp_path), tmp_path / "log"
-    alone = runs.start(path, f"run={tmp_path / 'alone'}")
-    assert started(command(path, "parallel.fsdp=2"), log).wait(180) == 0, log.read_text()
+    """The laptop's recipe, fp32 for numbers to compare and small for seconds."""
+    path, log = tmp_path / "text.toml", tmp_path / "log"
+    shutil.copy(ROOT / "recipes" / "laptop" / "text.toml", path)
+    small = [
+        f"data.path={runs.write_text(tmp_path / 'text.jsonl')}",
+        "tokenizer.vocab_size=320",
+        "train.precision=fp32",
+    ]
+    small += ["data.sequence_length=32", "data.held_out=0.1", "train.steps=6", "train.batch_size=4"]
+    alone = runs.start(path, f"run={tmp_path / 'alone'}", *small)
+    words = [f"run={tmp_path / 'run'}", *small, "parallel.fsdp=2"]
+    assert started(command(path, *words), log).wait(180) == 0, log.read_text()
     alone.join(180)
-    words = log.read_text()
-    assert words.count("saved in") == words.count("tokens: ") == 1, "only one process speaks"
+    said = log.read_text()
+    assert said.count("saved in") == said.count("tokens: ") == 1, "only one process speaks"
     model, truth = (trimaran.load(tmp_path / name) for name in ("run", "alone"))
     tokens = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -66,7 +66,8 @@ class Keeper:
             if problem is None:
                 self.wait()
         finally:
-            self.thread.shutdown()  # what stops all processes alike, such as a loss that is not finite, stops no save
+            # What stops all processes alike, such as a loss that is not finite, stops no save. A lost process does.
+            self.thread.shutdown(wait=problem is None or isinstance(problem, Refusal))
 
     def save(
         self, step: int, model: HybridModel, optimizer: torch.optim.Optimizer, cuts: Cuts, position: Mapping[str, Any]
