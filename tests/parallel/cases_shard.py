@@ -1,6 +1,7 @@
 """Shares of weights, alone and together with other axes."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -39,13 +40,15 @@ def exchanges(sizes: dict[str, int], accumulate: int) -> dict[str, int]:
     return {"gather": counts.get("gloo:all_gather", 0), "reduce": counts.get("gloo:all_reduce", 0)}
 
 
-BOTH = {"pattern": "M*W-RM", "mtp_pattern": "*"}  # no experts
+MUON: dict[str, Any] = {"train": {"optimizer": "muon"}}
 CASES = {
     "traffic of a step": (2, traffic),
     "fsdp on the sphere": (2, partial(case, {"fsdp": 2}, "ngpt")),
     "fsdp of three kinds": (2, partial(case, {"fsdp": 2}, "qwen", accumulate=2)),
-    "muon over fsdp": (2, partial(case, {"fsdp": 2}, "everything", train={"optimizer": "muon"})),
-    "fsdp x tp": (4, partial(case, {"fsdp": 2, "tp": 2}, "everything", changes=BOTH)),
+    "muon over fsdp": (2, partial(case, {"fsdp": 2}, "everything", **MUON)),
+    "muon over fsdp x ep": (4, partial(case, {"fsdp": 4, "ep": 2}, "qwen", **MUON)),
+    "muon over cp x pp": (4, partial(case, {"cp": 2, "pp": 2}, "dense", **MUON)),
+    "fsdp x tp": (4, partial(case, {"fsdp": 2, "tp": 2}, "everything")),
     "fsdp x tp on the sphere": (4, partial(case, {"fsdp": 2, "tp": 2}, "ngpt")),
     "replicate x tp, tied": (4, partial(case, {"replicate": 2, "tp": 2}, "llama", accumulate=2)),
     "replicate x fsdp": (4, partial(case, {"replicate": 2, "fsdp": 2}, "everything", rows=8, accumulate=2)),
