@@ -1,5 +1,6 @@
 """Low precision through the loop: a recipe is obeyed, a killed run ends with the same bits, no stage is silent."""
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.runs import read_recipe, start, write_recipe
+from tests.train.runs import command, environment, read_recipe, start, write_recipe
 from trimaran import config
 from trimaran.errors import Refusal
 from trimaran.quant.linear import NarrowLinear
@@ -78,3 +79,19 @@ def test_a_table_that_nobody_reads_is_refused(tmp_path):
         read_recipe(tmp_path, precision="bf16", formats={"last": 1})
     with pytest.raises(Refusal, match="hadamrd"):
         read_recipe(tmp_path, precision="nvfp4", formats={"hadamrd": False})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"cp": 2}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_spread_over_processes(tmp_path, spread):
+    """Blocks of a row know nothing of other rows, so the first loss is that of one process; gradients round apart."""
+    losses = {}
+    for name, sizes in {"one": {}, "two": spread}.items():
+        (tmp_path / name).mkdir()
+        path = write_recipe(tmp_path / name, precision="fp8", formats={"scaling": "blocks"}, steps=3, eval_every=0)
+        words = command(path, *(f"parallel.{axis}={size}" for axis, size in sizes.items()))
+        subprocess.run(words, env=environment(), check=True, capture_output=True, timeout=240)
+        losses[name] = [one["loss"] for one in read_metrics(tmp_path / name / "run" / "metrics.jsonl")]
+    # A map that tp has cut has blocks and sums of its own.
+    assert losses["two"][0] == pytest.approx(losses["one"][0], rel=2e-3 if "tp" in spread else 1e-5)
+    assert losses["two"] == pytest.approx(losses["one"], rel=2e-2)

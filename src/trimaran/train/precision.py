@@ -4,6 +4,7 @@ import typing
 
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
+from trimaran.ops.rounding import key_of
 from trimaran.parallel.world import World
 from trimaran.quant.linear import Draws
 from trimaran.quant.rewrite import narrow
@@ -16,16 +17,15 @@ LOW = typing.get_args(Low)
 
 def begin_precision(model: HybridModel, settings: TrainSettings, seed: int, world: World | None = None) -> Draws | None:
     """Puts the maps of the model that a run begins with into narrow numbers, where its recipe says so; returns what
-    their draws derive from, for the run. Call it before the optimizer is made.
+    their draws derive from, for the run. Call it on the whole model, before it is spread and the optimizer is made.
 
-    Raises Refusal for a run on several processes.
+    world: the processes of the run; each finds the scales of what it holds, and makes draws of its own.
     """
     if settings.precision not in LOW:
         return None
-    if world is not None and not world.alone:
-        found = f"train.precision = {settings.precision!r} with [parallel]"
-        raise Refusal(found, "fp32, bf16", "leave [parallel] out, or set train.precision=bf16")
-    touched = narrow(model, settings.precision, settings.formats, seed)  # type: ignore[arg-type]
+    alone = world is None or world.alone
+    own = seed if alone else key_of(seed, typing.cast(World, world).rank)
+    touched = narrow(model, typing.cast(Low, settings.precision), settings.formats, own)
     say(str(touched))
     return touched.draws
 
