@@ -5,7 +5,14 @@ import torch
 
 from tests.ops.agree import DTYPES, LENGTHS, TOLERANCE, agree, documents, drawn, near
 from trimaran.ops import rope
-from trimaran.ops.attention import attention, attention_reference, merge, partial_attention, worth_sharing
+from trimaran.ops.attention import (
+    attention,
+    attention_of_last,
+    attention_reference,
+    merge,
+    partial_attention,
+    worth_sharing,
+)
 
 BATCH, HEADS, GROUPS, WIDTH = 2, 4, 2, 16
 
@@ -41,6 +48,25 @@ def test_attention_equals_reference(length, dtype, before):
             lambda q, k, v, mask=mask, causal=causal: attention_reference(q, k, v, mask, causal, 0.3),
             *operands(length, length + before, dtype),
         )
+
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("before", [0, 37])
+def test_last_tokens_are_the_end_of_causal_attention(length, dtype, before, device):
+    q, k, v = (t.detach().to(device).requires_grad_() for t in operands(length, length + before, dtype))
+    mask = torch.ones(length, length + before, dtype=torch.bool, device=device).tril(before)
+    agree(
+        lambda q, k, v: attention_of_last(q, k, v, 0.3),
+        lambda q, k, v: attention_reference(q, k, v, mask, False, 0.3),
+        q,
+        k,
+        v,
+    )
 
 
 @pytest.mark.parametrize("length", [1, 5, 40, 100])

@@ -65,7 +65,7 @@ def drafted(model: HybridModel, tokens_BT: Tensor, next_BT: Tensor, ids_BT: Tens
     return found
 
 
-def exact(kind: str, ids_BT: Tensor | None, length: int, size: int, **changes: object) -> None:
+def exact(kind: str, ids_BT: Tensor | None, length: int, size: int, most: int = 1 << 28, **changes: object) -> None:
     """Hidden vectors of all tokens and the gradients of all weights are those of one process."""
     batch, own = 3 if ids_BT is None else len(ids_BT), slice(*(length // size * (dist.get_rank() + i) for i in (0, 1)))
     tokens_BT, next_BT = (random_tokens(batch, length, seed=seed) for seed in (7, 8))
@@ -82,7 +82,7 @@ def exact(kind: str, ids_BT: Tensor | None, length: int, size: int, **changes: o
 
     truth = drafted(model, tokens_BT, next_BT, ids_BT)
     wanted = gradients(truth, slice(None))
-    model.backbone.over = Context(dist.group.WORLD, model.device)
+    model.backbone.over = Context(dist.group.WORLD, model.device, most)
     found = drafted(model, tokens_BT[:, own], next_BT[:, own], None if ids_BT is None else ids_BT[:, own])
     for one, other in zip(found, truth, strict=True):
         assert apart(one.detach(), other[:, own].detach()) <= EXACT
@@ -154,6 +154,8 @@ CASES = {
     "cp exact, a small window": (4, partial(exact, "window", ROWS, 24, sliding_window=4)),
     "cp exact, a window of two": (2, partial(exact, "window", ROWS, 24, sliding_window=2)),
     "cp exact, without documents": (4, partial(exact, "everything", None, 24)),
+    "cp exact, without masks": (4, partial(exact, "everything", ROWS, 24, most=0)),
+    "cp exact, without documents or masks": (2, partial(exact, "rope", None, 24, most=0)),
     "cp exact, short pieces": (4, partial(exact, "everything", SHORT, 8)),
     "cp exact on the sphere": (2, partial(exact, "ngpt", ROWS, 24)),
     "cp neighbours": (4, neighbours),

@@ -35,7 +35,7 @@ class Layout:
     first_BT: Tensor | None = None
     last_id_B: Tensor | None = None  # document id of each row after this pass
     order_BT: Tensor | None = None
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[float, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -79,26 +79,26 @@ class Layout:
             self._tables[key] = rope.rotary_table(self.positions_BT(), freq_K, dtype)
         return self._tables[key]
 
-    def mask(self, keys: int, window: int | None = None) -> tuple[Tensor | None, bool]:
-        """Which of the first `keys` keys each token may see, as (mask, causal) for ops.attention."""
+    def mask(self, keys: int, window: int | None = None, first: int = 0) -> tuple[Tensor | None, bool]:
+        """Which of the keys first .. keys each token may see, as (mask, causal) for ops.attention."""
         plain = self.first_BT is None and self.keys is not None and window is None
         if plain and self.length == 1:
             return None, False
         if plain and self.start == 0:
             return None, True
-        if window not in self._masks:
-            self._masks[window] = self._visible(keys, window)
-        return self._masks[window], False
+        if (window, first) not in self._masks:
+            self._masks[window, first] = self._visible(keys, window, first)
+        return self._masks[window, first], False
 
-    def _visible(self, keys: int, window: int | None) -> Tensor:
+    def _visible(self, keys: int, window: int | None, first: int) -> Tensor:
         last_BT = self.place_BT
         first_BT = torch.zeros_like(last_BT) if self.first_BT is None else self.first_BT
         if window is not None:
             first_BT = torch.maximum(first_BT, last_BT - window + 1)
         real_BT = self.real_BT
-        if real_BT is not None:  # padding looks at key 0: any finite answer will do, and NaN would not
-            first_BT, last_BT = first_BT.where(real_BT, 0), last_BT.where(real_BT, 0)
-        key_S = torch.arange(keys, device=self.device)
+        if real_BT is not None:  # padding looks at the first key: any finite answer will do, and NaN would not
+            first_BT, last_BT = first_BT.where(real_BT, first), last_BT.where(real_BT, first)
+        key_S = torch.arange(first, keys, device=self.device)
         mask = (key_S >= first_BT[..., None]) & (key_S <= last_BT[..., None])
         return mask[0] if len(mask) == 1 else mask
 

@@ -38,6 +38,25 @@ def attention(
     return out.transpose(1, 2)
 
 
+def attention_of_last(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
+    """Causal attention of tokens that are the last of those that keys and values belong to: [B, T, H, K].
+
+    T <= S. A mask [T, S] is made on a CPU alone, whose kernel does not know this case.
+    """
+    length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
+    if length == keys:
+        return attention(q_BTHK, k_BSGK, v_BSGK, None, True, scale)
+    if q_BTHK.device.type == "cpu":
+        mask_TS = torch.ones(length, keys, dtype=torch.bool).tril_(keys - length)
+        return attention(q_BTHK, k_BSGK, v_BSGK, mask_TS, False, scale)
+    from torch.nn.attention.bias import causal_lower_right  # torch's compiler comes with it: seconds
+
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK))
+    bias = causal_lower_right(length, keys)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
 def attention_reference(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_BTS: Tensor | None, causal: bool, scale: float
 ) -> Tensor:

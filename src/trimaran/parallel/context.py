@@ -12,7 +12,8 @@ numbers sent forward, with B rows, H heads, P x N states, G key-value heads of w
              would take (cp - 1) B H P N numbers and that much memory
 
 Gradients come back by the adjoint exchanges. Whole rows of keys and values live in one layer at a time: backward brings
-them again. The mask does not shrink so: L x T bytes per row, once per pass and window.
+them again. Masks cost L x T bytes per row, once per pass; where that is more than `most`, each document of each row is
+a call of its own, which needs none.
 
 Documents may cross any number of cuts; positions count from a document's start in the whole row. Padding has to stand
 at the end of a row.
@@ -20,6 +21,7 @@ at the end of a row.
 
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +34,11 @@ from trimaran.errors import Refusal
 from trimaran.model.layout import Layout, lay_out
 from trimaran.model.state import Convolution, PassMemory
 from trimaran.ops import ssd
-from trimaran.ops.attention import attention
+from trimaran.ops.attention import attention, attention_of_last
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.parallel.collectives import before, deal, gather, gathered
+
+Run = tuple[int, int, int]  # tokens start .. stop of a piece, and the place of their document's first key
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,21 @@ class Context:
 
     group: dist.ProcessGroup
     device: torch.device
+    most: int = 1 << 28  # bytes of a mask
 
     def memory(self, batch: int, version: int, blocks: int) -> "Piece":
         """For one pass of `batch` rows through `blocks` layers with weights of this version."""
-        return Piece(self.group, self.device, batch, version, blocks)
+        return Piece(self, batch, version, blocks)
 
 
 class Piece(PassMemory):
     """The memory of one pass over one piece: of the stack, and of each of its layers."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, batch: int, version: int, blocks: int):
-        self.group, self.device, self.batch, self.version, self.blocks = group, device, batch, version, blocks
+    def __init__(self, context: Context, batch: int, version: int, blocks: int):
+        self.group, self.device, self.most = context.group, context.device, context.most
+        self.batch, self.version, self.blocks = batch, version, blocks
         self.whole: Layout | None = None  # of whole rows; None: one document each
-        self.masks: dict[int | None, Tensor | None] = {}
+        self.runs: list[list[Run]] | None = None
         self.again = True  # whether backward brings keys and values again
 
     @property
@@ -109,11 +115,12 @@ class Piece(PassMemory):
         most = (self.group.size() - 1) * layout.length
         reach = Reach(kv_BT2GK.detach(), most if window is None else min(window - 1, most), self.group)
         kv_BS2GK = torch.cat([before(kv_BT2GK, reach.count, self.group), kv_BT2GK], 1)
-        mask, causal = self.mask(layout, keys, kv_BS2GK.shape[1], window)
-
         k_BSGK, v_BSGK = kv_BS2GK.unbind(2)
 
         def look() -> Tensor:
+            if window is None and self.batch * layout.length * keys > self.most:
+                return self.by_document(q_BTHK, k_BSGK, v_BSGK, layout, scale)
+            mask, causal = layout.mask(keys, window, keys - kv_BS2GK.shape[1])
             return attention(q_BTHK, k_BSGK, v_BSGK, mask, causal, scale)
 
         if not (self.again and kv_BS2GK.requires_grad):
@@ -126,17 +133,21 @@ class Piece(PassMemory):
         kv_BS2GK.register_hook(reach.forget)
         return out_BTHK
 
-    def mask(self, layout: Layout, keys: int, brought: int, window: int | None) -> tuple[Tensor | None, bool]:
-        """Which of the last `brought` of the row's first `keys` keys each token may see, for ops.attention."""
-        if brought == keys:
-            return layout.mask(keys, window)
-        if window not in self.masks:
-            mask, _ = layout.mask(keys, window)
-            assert mask is not None
-            mask, real_BT = mask[..., keys - brought :], layout.real_BT
-            # padding looks at key 0 otherwise, which is not here: any finite answer will do
-            self.masks[window] = mask if real_BT is None else mask | ~real_BT[..., None]
-        return self.masks[window], False
+    def by_document(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, layout: Layout, scale: float) -> Tensor:
+        """Attention without masks: a call for each document of each row, over its keys from its first one on."""
+        if layout.first_BT is None:
+            return attention_of_last(q_BTHK, k_BSGK, v_BSGK, scale)
+        if self.runs is None:
+            self.runs = [runs(first_T.tolist()) for first_T in layout.first_BT]
+        rows, behind = [], k_BSGK.shape[1] - layout.length
+        for row, documents in enumerate(self.runs):
+            q_BTHK1, k_BSGK1, v_BSGK1 = (t[row : row + 1] for t in (q_BTHK, k_BSGK, v_BSGK))
+            parts = []
+            for start, stop, first in documents:
+                keys = slice(first, behind + stop)
+                parts.append(attention_of_last(q_BTHK1[:, start:stop], k_BSGK1[:, keys], v_BSGK1[:, keys], scale))
+            rows.append(torch.cat(parts, 1))
+        return torch.cat(rows)
 
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The short convolution behind the last inputs of earlier pieces."""
@@ -186,6 +197,12 @@ def arriving(own_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Te
         states.append(state_XL)
     found_XRL = deal(torch.stack(states), once, once, group).transpose(0, 1)
     return found_XRL.flatten(1)[:, : width * size].reshape(batch, heads, width, size)
+
+
+def runs(firsts: list[int]) -> list[Run]:
+    """Stretches of equal numbers: (start, stop, number). Of the first keys of tokens: the documents of a row."""
+    borders = [0, *(place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]), len(firsts)]
+    return [(start, stop, firsts[start]) for start, stop in pairwise(borders)]
 
 
 class Reach:
