@@ -10,7 +10,7 @@ from trimaran import config as settings
 from trimaran.errors import Refusal, nearest_first
 from trimaran.model.config import ModelConfig
 from trimaran.model.dialects import read_config
-from trimaran.model.presets import SIZE, preset, sized
+from trimaran.model.presets import PRESETS, SIZE, preset, sized
 from trimaran.model.size import ShapeOnly
 from trimaran.plan.costs import Job
 from trimaran.plan.hardware import Precision, find
@@ -54,16 +54,22 @@ def changed(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
 
 def of_recipe(path: Path, overrides: Sequence[str]) -> Source:
     """Model, rows and precision of a recipe of any stage that says them. Where the model is a folder that is not here
-    yet (`start`), the command names it: model.preset=ultra-3."""
+    yet (`start`), the command names it: model.preset=ultra-3. Of rows of several lengths the longest is planned for."""
     tables = settings.override(settings.read(path), overrides)
     data, train = table(tables, "data"), table(tables, "train")
-    return Source(
-        model_of(tables, path),
-        number_of(data.get("sequence_length"), f"{path}: data.sequence_length"),
-        number_of(train.get("batch_size"), f"{path}: train.batch_size"),
-        train.get("precision"),
-        path,
-    )
+    model = model_of(tables, path)
+    sequence = number_of(data.get("sequence_length"), f"{path}: data.sequence_length")
+    rows = number_of(train.get("batch_size"), f"{path}: train.batch_size")
+    longest = max([sequence or 0, *lengths(data)])
+    if sequence and rows and longest > sequence:  # steps of longer rows have fewer of them: as many tokens
+        sequence, rows = longest, max(1, rows * sequence // longest)
+    return Source(model, sequence, rows, train.get("precision"), path)
+
+
+def lengths(data: dict[str, Any]) -> list[int]:
+    """The lengths of rows that the phases of a recipe's mixture name."""
+    phases = table(data, "mixture").get("phases", [])
+    return [one["sequence_length"] for phase in phases for one in phase.get("lengths", [])]
 
 
 def table(tables: dict[str, Any], name: str) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def model_of(tables: dict[str, Any], path: Path) -> ModelConfig:
         start = tables.get("start")
         if isinstance(start, str) and Path(start).is_dir():
             return read_config(start)
-        step = "name the model: model.preset=ultra-3"
+        step = f"name the model: model.preset={nearest_first(Path(str(start)).name, PRESETS)[0]}"
         raise Refusal(
             f"{path} starts from {start!r}, which is not here", "a folder with config.json, or a preset", step
         )

@@ -18,15 +18,18 @@ def sections(job: Job, layout: Layout) -> dict[str, dict[str, int | str]]:
     parallel: dict[str, int | str] = {name: getattr(layout, name) for name in axes}
     if layout.pp > 1:
         parallel["micro_batches"] = count
-    train: dict[str, int | str] = {"batch_size": job.rows, "accumulate": 1 if layout.pp > 1 else count}
-    return {"parallel": parallel, "train": train | {"recompute": layout.recompute}}
+    train: dict[str, int | str] = {"accumulate": 1 if layout.pp > 1 else count, "recompute": layout.recompute}
+    return {"parallel": parallel, "train": train}
 
 
 def write(path: Path, job: Job, layout: Layout, recipe: Path | None) -> None:
     """Writes the sections to `path`: into a copy of the recipe that was planned, or alone. The rest of the recipe, its
     comments too, stays as it is. Raises Refusal where the disk is full or the folder may not be written."""
     text = recipe.read_text(encoding="utf-8") if recipe else ""
-    for name, keys in sections(job, layout).items():
+    tables = sections(job, layout)
+    if recipe is None:  # a recipe keeps its own, which may count rows of another length
+        tables["train"] = {"batch_size": job.rows, **tables["train"]}
+    for name, keys in tables.items():
         text = with_section(text, name, keys)
     with writing(path):
         path.write_text(text, encoding="utf-8")
