@@ -70,7 +70,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "trimaran.cli:train",
         "Carry out a recipe; the same command again resumes it.",
-        "RECIPE is a TOML file, or a run folder that holds one.",
+        "RECIPE is a TOML file, or a run folder that holds one. Sizes under [parallel] start as many processes.",
         examples=(
             "trimaran train recipes/laptop/text.toml data.path=notes/",
             "trimaran train recipes/laptop/text.toml data.path=book.txt train.steps=200 run=runs/book",
@@ -153,19 +153,24 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "trimaran.cli:convert",
         "Make another checkpoint of one or several.",
-        "One switch says how. --merge averages the checkpoints that a run kept (or last=N, or steps=[...]) into OUT, "
-        "as a decay of the learning rate would have (profile=minus_sqrt).",
+        "One switch says how. --export saves a checkpoint, or a run's newest, as the hub folder OUT. --merge averages "
+        "the checkpoints that a run kept (or last=N, or steps=[...]) into OUT, as a decay of the learning rate would "
+        "have (profile=minus_sqrt).",
         examples=(
-            "trimaran convert --merge runs/text runs/merged",
             "trimaran convert --merge runs/text runs/merged profile=cosine last=5",
+            "trimaran convert --export runs/text/checkpoints/step-200 runs/at-200",
         ),
         target="RUN",
         args=("OUT",),
-        flags={"merge": "Average checkpoints of a constant learning rate into a decayed model."},
+        flags={
+            "export": "Save a checkpoint, of however many processes, as a hub folder.",
+            "merge": "Average checkpoints of a constant learning rate into a decayed model.",
+        },
     ),
 }
 
-CONVERSIONS = {"merge": "trimaran.train.merge:main"}  # a switch of `convert` -> main(target, overrides, out)
+# a switch of `convert` -> main(target, overrides, out)
+CONVERSIONS = {"export": "trimaran.train.export:main", "merge": "trimaran.train.merge:main"}
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),

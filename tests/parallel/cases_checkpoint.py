@@ -123,7 +123,7 @@ def round_trip(written: Sizes, *read: Sizes, kind: str = "everything") -> None:
 
 def export(path: Path, out: Path, model: HybridModel) -> None:
     """The hub folder holds what `model` does."""
-    sharded.export(path, model.config, out, torch.float32)
+    sharded.export(path, model.config, out)
     check_equal(dict(hub.load(out).state_dict()), dict(model.state_dict()))
 
 

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import trimaran
 from tests.parallel.spread import check_near, finish
 from tests.train.runs import write_recipe
+from trimaran import cli
+from trimaran.errors import Refusal
 from trimaran.train import checkpoint
 
 # 12 rows: to be dealt out to 1, 2, 3 and 4. Adam's first steps divide by gradients that are rounding alone: eps.
@@ -47,6 +51,22 @@ def test_saved_on_some_and_read_on_others(whole_runs: dict[int, Path], tmp_path:
 
 def test_four_processes_end_where_one_does(whole_runs: dict[int, Path]) -> None:
     check_near(whole_runs[4] / "run", whole_runs[1] / "run", NEAR)
+
+
+def test_a_checkpoint_in_pieces_is_exported(whole_runs: dict[int, Path], tmp_path: Path) -> None:
+    run, out = whole_runs[4] / "run", tmp_path / "out"
+    with pytest.raises(Refusal, match=r"in pieces.*convert --export"):
+        trimaran.load(run / "checkpoints" / "step-6")
+    for source in (run, run / "checkpoints" / "step-3"):
+        assert cli.convert(str(source), ["shard_bytes=100000"], str(out), export=True, merge=False) == 0
+        assert len(list(out.glob("model-*.safetensors"))) > 1
+        ours, theirs = trimaran.load(out).state_dict(), trimaran.load(run).state_dict()
+        equal = all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert equal == (source == run)
+        assert trimaran.load_tokenizer(out).vocab_size == 320
+        shutil.rmtree(out)
+    with pytest.raises(Refusal, match="has no checkpoint"):
+        cli.convert(str(tmp_path), [], str(out), export=True, merge=False)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(whole_runs: dict[int, Path]) -> None:

@@ -87,6 +87,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
+    if (folder / "tensors.json").is_file():  # see train/chunks
+        step = f"trimaran convert --export {folder} OUT, and open OUT"
+        raise Refusal(f"{folder} is a checkpoint of several processes, in pieces", "a hub folder", step)
     if not index.is_file():
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only {pickles[0].name} (pickle) in {folder}" if pickles else f"no {WEIGHTS} or {INDEX} in {folder}"

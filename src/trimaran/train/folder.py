@@ -132,7 +132,7 @@ def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     else:
         from trimaran.train import sharded  # here: importing DCP takes a second
 
-        sharded.export(run.checkpoints / f"step-{run.step}", run.model.config, folder, run.model.dtype)
+        sharded.export(run.checkpoints / f"step-{run.step}", run.model.config, folder)
     metrics = folder / "metrics.jsonl"
     curves = series(metrics, train="loss", **{"held out": "held_out_loss"})
     if curves:

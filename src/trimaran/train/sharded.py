@@ -274,7 +274,8 @@ def piece_of(shards: Shards, piece: Piece) -> Tensor:
     return shards.read(piece.name, (piece.expert, *(0 for _ in piece.shape)), (1, *piece.shape))[0]
 
 
-def export(path: Path, config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+def export(path: Path, config: ModelConfig, folder: Path, *, shard_bytes: int = 5_000_000_000) -> None:
     """Writes the weights of the checkpoint at `path`, of either kind, as a hub folder; one process calls it."""
     shards = opened(path, config)
-    hub.save(build(config, "meta", dtype), folder, read=lambda piece: piece_of(shards, piece))
+    model = build(config, "meta", shards.stored["backbone.embeddings.weight"].dtype)
+    hub.save(model, folder, shard_bytes=shard_bytes, read=lambda piece: piece_of(shards, piece))
