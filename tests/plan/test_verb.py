@@ -164,6 +164,7 @@ def test_the_cluster_recipes_that_pretrain_are_accepted(capsys, request):
         (("nano-3", "--gpus", "8", "--given", "fsdp=8,recompute=MX"), "letters among ME*"),
         (("ultra-3", "--gpus", "8"), "no layout fits on 8 x h100: the closest, "),
         (("nowhere.toml", "--gpus", "8"), "no file 'nowhere.toml'"),
+        (("nano-3", "--measure", "mine"), "allowed: a file whose name ends with .json"),
     ],
 )
 def test_refusals(capsys, words, said):

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trimaran.errors import writing
+from trimaran.errors import Refusal, writing
 from trimaran.plan import show
 from trimaran.plan.costs import Costs, Job
 from trimaran.plan.layout import Layout, check, given
@@ -45,7 +45,7 @@ def measured(path: str, gpus: int, precision: str) -> str:
     from trimaran.plan.measure import measure  # torch and processes, for this flag alone
 
     if not path.endswith(".json"):
-        path += ".json"
+        raise Refusal(f"--measure {path}", "a file whose name ends with .json", f"write --measure {path}.json")
     hardware = measure(max(2, min(gpus, 8)), "bf16" if precision == "bf16" else "fp32")
     with writing(path):
         Path(path).write_text(hardware.model_dump_json(indent=1) + "\n", encoding="utf-8")
