@@ -1,4 +1,4 @@
-"""Experts dealt out over processes, and routers that see some of a row's tokens."""
+"""Experts dealt out over processes, against all experts in one."""
 
 from functools import partial
 
@@ -98,5 +98,4 @@ CASES |= {
     "ep of one choice": (2, idle),
     "ep of latent experts": (2, lambda size: compare({"fsdp": size, "ep": size}, "latent")),
     "ep of softmax": (2, lambda size: compare({"fsdp": size, "ep": size}, "qwen", accumulate=2)),
-    "tp of routers": (2, lambda size: compare({"tp": size}, "everything")),
 }
