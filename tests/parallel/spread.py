@@ -5,9 +5,11 @@ The launcher itself is in test_launch.py. Processes are judged by what they wrot
 
 import contextlib
 import os
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -18,12 +20,29 @@ from tests.parallel.compare import apart
 from tests.train import runs
 from trimaran import cli
 
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 PATIENCE = 90  # seconds until a process counts as hung
 
 
-def rank_of(rank: int, size: int, port: int, path: str, overrides: list[str], log: str) -> None:
-    """One process: `trimaran train PATH OVERRIDES`, its words in the file `log`."""
+def die_at(number: int) -> None:
+    """This process is killed as it asks for the numbered file operation under checkpoints/ from now on."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in EVENTS and "/checkpoints" in str(arguments[0]):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def rank_of(rank: int, size: int, port: int, path: str, overrides: list[str], log: str, death: int) -> None:
+    """One process: `trimaran train PATH OVERRIDES`, its words in the file `log`. death: see `die_at`; 0: none."""
     torch.set_num_threads(1)
+    if death:
+        die_at(death)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -44,8 +63,11 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def start(path: Path, size: int, *overrides: str) -> list[ForkServerProcess]:
-    """`trimaran train` over `size` processes, by fsdp unless overrides say otherwise; rank-N.log beside the recipe."""
+def start(path: Path, size: int, *overrides: str, deaths: Mapping[int, int] | None = None) -> list[ForkServerProcess]:
+    """`trimaran train` over `size` processes, by fsdp unless overrides say otherwise; rank-N.log beside the recipe.
+
+    deaths: rank -> the file operation at which it dies.
+    """
     port = free_port()
     words = [f"parallel.fsdp={size}", *overrides]
     if size == 1:
@@ -53,7 +75,8 @@ def start(path: Path, size: int, *overrides: str) -> list[ForkServerProcess]:
     found = []
     for rank in range(size):
         log = str(path.with_name(f"rank-{rank}.log"))
-        found.append(server().Process(target=rank_of, args=(rank, size, port, str(path), words, log)))
+        death = (deaths or {}).get(rank, 0)
+        found.append(server().Process(target=rank_of, args=(rank, size, port, str(path), words, log, death)))
     for process in found:
         process.start()
     return found
