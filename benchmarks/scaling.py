@@ -68,7 +68,7 @@ MODEL = ModelConfig(
     moe_intermediate_size=192,
     moe_shared_expert_intermediate_size=384,
 )
-ROWS, LENGTH = 8, 256
+ROWS, LENGTH = 8, 128
 LETTERS = ("M", "*", "E", "-", "M*E-")  # recomputed
 LAYOUTS: dict[int, tuple[dict[str, int], ...]] = {
     2: (
@@ -259,7 +259,7 @@ def line(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default="1,2,4", help="numbers of processes")
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="tiny rows: a try")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
