@@ -8,14 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.runs import command, environment, read_recipe, start, write_recipe
+from tests.train.runs import MODEL, WORDS, command, environment, read_recipe, start, write_recipe
 from trimaran import config
 from trimaran.errors import Refusal
+from trimaran.model import hub
+from trimaran.model.config import ModelConfig
+from trimaran.model.hybrid import build
 from trimaran.quant.linear import NarrowLinear
 from trimaran.report import read_metrics
-from trimaran.train import pretrain
+from trimaran.text.tokenizer import Tokenizer
+from trimaran.train import pretrain, sft
 from trimaran.train.loop import Run
 from trimaran.train.prepare import begin, objective_of, optimizer_of, prepare
+from trimaran.train.sft_recipe import SftRecipe
 
 
 def finished(path: Path) -> Path:
@@ -72,6 +77,22 @@ def test_a_stage_that_does_not_know_it_refuses(tmp_path):
     model, settings = run.model, recipe.train
     with pytest.raises(Refusal, match=r"precision = 'nvfp4'.*pretraining"):
         Run(tmp_path, settings, model, objective_of(settings, model), optimizer_of(settings, model), run.loader)
+
+
+def test_fine_tuning_knows_it_and_adapters_are_refused(tmp_path):
+    tokenizer = Tokenizer.train([" ".join(WORDS * 20)], 320)
+    tokenizer.save(tmp_path / "start")
+    hub.save(build(ModelConfig(**{**MODEL, "vocab_size": tokenizer.vocab_size})), tmp_path / "start")
+    echo = {"task": "tests.train.test_sft:Echo", "count": 40}
+    given = {
+        "start": str(tmp_path / "start"),
+        "run": str(tmp_path / "run"),
+        "data": {"sequence_length": 64, "tasks": {"echo": echo}, "held_out": 0.1},
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-3, "precision": "fp8", "router_bias_rate": 0},
+    }
+    assert sft.begin(SftRecipe(**given)).draws is not None
+    with pytest.raises(Refusal, match="adapters"):
+        sft.begin(SftRecipe(**given, lora={"rank": 2}))
 
 
 def test_a_table_that_nobody_reads_is_refused(tmp_path):
