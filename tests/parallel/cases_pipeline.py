@@ -103,7 +103,7 @@ def pipelines_refused(size: int) -> None:
     with pytest.raises(Refusal, match=r"set parallel\.micro_batches"):
         begin("dense", train.replace(accumulate=2), world, {"vocab_size": 64})
     with pytest.raises(Refusal, match="at most 2 stages"):
-        begin("mamba", train, World(ParallelSettings(pp=4), rank=world.rank, meshes=world.meshes), {})
+        begin("mamba", train, World(ParallelSettings(pp=4), rank=world.rank, groups=world.groups), {})
     run.objective = Preference.__new__(Preference)
     with pytest.raises(Refusal, match=r"set parallel\.pp=1"):
         run.pipeline.gradients(run.objective, [], torch.no_grad)

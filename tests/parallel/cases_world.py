@@ -29,7 +29,9 @@ def places(size: int) -> None:
                 assert dist.get_world_size(world.group(axis)) == count, axis
             assert dist.get_process_group_ranks(world.group("ep"))[place["ep"]] == rank
             assert dist.get_process_group_ranks(world.group("tp"))[place["tp"]] == rank
-            assert world.mesh("replicate", "cut").shape == (replicate, fsdp * cp)
+            mesh = world.mesh("cut")
+            assert mesh.shape == ((replicate, fsdp * cp) if replicate > 1 else (fsdp * cp,))
+            assert mesh.mesh[tuple(mesh.get_coordinate() or ())] == rank
 
 
-CASES = {"places of 2": (2, places)}
+CASES = {"places of 2": (2, places), "places of 4": (4, places)}

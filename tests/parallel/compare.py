@@ -3,6 +3,7 @@
 Every rank computes the truth for itself: a whole model from the seed, trained by the same loop on whole steps.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ def packed(vocab: int, rows: int, length: int, seed: int) -> Batch:
     goes_on[:, :-1] = (doc_ids[:, 1:] == doc_ids[:, :-1]) & (doc_ids[:, 1:] >= 0)
     weights = torch.where(goes_on, torch.rand(rows, length, generator=generator), 0.0)
     return Batch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), doc_ids.to(torch.int32), weights)
+
+
+@functools.cache
+def world_of(settings: ParallelSettings) -> World:
+    """One for all cases of a layout: groups have threads."""
+    return join(settings, torch.device("cpu"))
 
 
 def begin(kind: str, train: TrainSettings, world: World, changes: Mapping[str, object]) -> Run:
@@ -133,7 +140,7 @@ def compare(
     given = {"steps": steps, "batch_size": rows, "accumulate": accumulate, "lr": 1e-3, "eps": 1e-5, "clip": 0.5}
     asked = TrainSettings(**{**given, "aux_loss": 1e-2, "router_bias_rate": 1e-2, **(train or {})})
     changes = {"vocab_size": 64, **(changes or {})}
-    world = join(settings, torch.device("cpu"))
+    world = world_of(settings)
     alone, spread = begin(kind, asked, World(), changes), begin(kind, asked, world, changes)
     check_forward(spread, alone.model)
     truth, found = trained(alone, steps), trained(spread, steps)

@@ -17,6 +17,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -86,11 +87,13 @@ def rank_main(rank: int, size: int, folder: Path, names: list[str]) -> None:
     known, findings = cases(), dict[str, str]()
     for name in names:
         torch.manual_seed(0)
+        began, busy = time.monotonic(), time.process_time()
         try:
             known[name][1](size)
             findings[name] = ""
         except Exception:
             findings[name] = traceback.format_exc()
+        print(f"{name}: {time.monotonic() - began:.1f} s, {time.process_time() - busy:.1f} s of CPU", flush=True)
         partial = folder / f"rank-{rank}.partial"
         partial.write_text(json.dumps(findings))
         partial.replace(folder / f"rank-{rank}.json")

@@ -25,6 +25,7 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
+@pytest.mark.timeout(1200)  # of the first case, which waits for all
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, verdicts: dict[str, str]) -> None:

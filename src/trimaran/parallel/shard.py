@@ -23,22 +23,17 @@ from trimaran.parallel.stages import Elsewhere
 from trimaran.parallel.world import World
 
 
-def mesh_of(world: World, axis: str) -> DeviceMesh:
-    """The mesh to shard over along `axis`, copies included where there are any."""
-    return world.mesh("replicate", axis) if world.settings.replicate > 1 else world.mesh(axis)
-
-
 def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ()) -> None:
     """Shards all parameters of `model` in place. cut: the modules that tp has cut, by what is gathered at once."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    whole = mesh_of(world, "whole")
+    whole, split = world.mesh("whole"), world.mesh("cut")
     for modules in cut:
-        unite(modules, mesh_of(world, "cut"))
+        unite(modules, split)
     if world.settings.ep > 1:
         for module in model.modules():
             if isinstance(module, MoE):
-                unite([module.experts], mesh_of(world, "efsdp"))
+                unite([module.experts], world.mesh("efsdp"))
     units: list[nn.Module] = [layer for layer in model.backbone.layers if not isinstance(layer, Elsewhere)]
     if model.mtp is not None:
         units.append(model.mtp)  # one unit: it reads its first block's norms and map outside of that block's forward
@@ -48,7 +43,7 @@ def shard(model: HybridModel, world: World, cut: Sequence[list[nn.Module]] = ())
         # What tp leaves whole in a block without experts is a norm's weight: not worth bringing twice.
         few = world.settings.tp > 1 and not any(isinstance(module, MoE) for module in unit.modules())
         unite([unit], whole, reshard_after_forward=not few)
-    unite([model], mesh_of(world, "cut") if world.settings.tp > 1 else whole, reshard_after_forward=False)
+    unite([model], split if world.settings.tp > 1 else whole, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
 
 

@@ -1,7 +1,7 @@
 """The processes of a run: where this one stands on each axis, and the groups it talks to.
 
-Ranks count through (pp, replicate, fsdp, cp, tp), tp fastest, so that what talks most lies closest together. An axis
-that several parts of the model see in different ways is a mesh of the same ranks with other borders:
+Ranks count through (pp, replicate, fsdp, cp, tp), tp fastest, so that what talks most lies closest together. Some parts
+of the model see these axes in other ways, the same ranks with other borders:
 
     cut       fsdp x cp            shards of what tp has cut already
     whole     fsdp x cp x tp       shards of what tp leaves whole; each rank's gradient is a part of the sum
@@ -12,13 +12,15 @@ that several parts of the model see in different ways is a mesh of the same rank
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
+from math import prod
 from typing import Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
@@ -40,18 +42,19 @@ R = TypeVar("R", bound=Rows)
 class World:
     """The layout and this process's place in it. Without settings: one process, which needs no process group.
 
-    meshes: name of a mesh -> torch's mesh of it; none of one process.
+    groups: of every axis and name of the table above, those that differ from this process on it alone; none of one
+    process.
     """
 
     settings: ParallelSettings = field(default_factory=ParallelSettings)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
-    meshes: dict[str, DeviceMesh] = field(default_factory=dict)
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def alone(self) -> bool:
         """One process and no process group."""
-        return not self.meshes
+        return not self.groups
 
     @property
     def first(self) -> bool:
@@ -70,8 +73,7 @@ class World:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The processes that differ from this one on `axis` alone: an axis, or a name of the table above."""
-        mesh = self.meshes[MESH_OF[axis]]
-        return mesh.get_group(axis)
+        return self.groups[axis]
 
     def share(self, streams: R) -> R:
         """This process's part of a whole step: its rows, and under cp its piece of them.
@@ -128,20 +130,37 @@ class World:
         dist.all_reduce(squared)
         return (squared / self.settings.replicate).sqrt()
 
-    def mesh(self, *axes: str) -> DeviceMesh:
-        """torch's mesh over one axis or two of one table row, such as ("replicate", "cut")."""
-        return self.meshes[MESH_OF[axes[-1]]][axes if len(axes) > 1 else axes[0]]
+    def mesh(self, axis: str) -> DeviceMesh:
+        """torch's mesh to share weights over along `axis`; in front of it the copies, where there are any."""
+        kind = self.device.type
+        if self.settings.replicate == 1:
+            return DeviceMesh.from_group(self.groups[axis], kind, mesh_dim_names=(axis,))
+        axes = ("replicate", axis)
+        groups = [self.groups[one] for one in axes]
+        ranks = members(shapes(self.settings)[axis], self.rank, *axes)
+        return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=axes)
 
 
-# axis -> the mesh it is an axis of; "replicate" is taken from whichever mesh its partner is in
-MESH_OF = dict.fromkeys(("pp", "replicate", "fsdp", "cp", "tp"), "axes") | {
-    "cut": "cut",
-    "whole": "whole",
-    "efsdp": "experts",
-    "ep": "experts",
-    "row": "row",
-    "data": "data",
-}
+def shapes(s: ParallelSettings) -> dict[str, dict[str, int]]:
+    """Name of an axis -> the axes among which it is one, with their sizes, slowest first."""
+    outer = {"pp": s.pp, "replicate": s.replicate}
+    plain = {**outer, "fsdp": s.fsdp, "cp": s.cp, "tp": s.tp}
+    experts = {**outer, "efsdp": s.shards // s.ep, "ep": s.ep}
+    return dict.fromkeys(plain, plain) | {
+        "cut": {**outer, "cut": s.fsdp * s.cp, "tp": s.tp},
+        "whole": {**outer, "whole": s.shards},
+        "efsdp": experts,
+        "ep": experts,
+        "row": {**outer, "fsdp": s.fsdp, "row": s.cp * s.tp},
+        "data": {"pp": s.pp, "data": s.replicate * s.shards},
+    }
+
+
+def members(shape: Mapping[str, int], rank: int, *axes: str) -> Tensor:
+    """Ranks of the processes that differ from `rank` on `axes` alone, one dimension for each."""
+    ranks = torch.arange(prod(shape.values())).view(*shape.values())
+    here = (ranks == rank).nonzero()[0].tolist()
+    return ranks[tuple(slice(None) if axis in axes else place for axis, place in zip(shape, here))]
 
 
 def join(settings: ParallelSettings, device: torch.device) -> World:
@@ -157,18 +176,15 @@ def join(settings: ParallelSettings, device: torch.device) -> World:
         raise Refusal(found, f"{settings.world} processes", step)
     if running == 1:
         return World(settings, device)
-    s = settings
-    outer = {"pp": s.pp, "replicate": s.replicate}
-    shapes: dict[str, dict[str, int]] = {
-        "axes": {**outer, "fsdp": s.fsdp, "cp": s.cp, "tp": s.tp},
-        "cut": {**outer, "cut": s.fsdp * s.cp, "tp": s.tp},
-        "whole": {**outer, "whole": s.shards},
-        "experts": {**outer, "efsdp": s.shards // s.ep, "ep": s.ep},
-        "row": {**outer, "fsdp": s.fsdp, "row": s.cp * s.tp},
-        "data": {"pp": s.pp, "data": s.replicate * s.shards},
-    }
-    meshes = {
-        name: init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-        for name, shape in shapes.items()
-    }
-    return World(settings, device, dist.get_rank(), meshes)
+    rank, patience = dist.get_rank(), timedelta(seconds=settings.timeout)
+    # A group has threads and connections of its own: axes that hold the same processes share one.
+    everybody = dist.group.WORLD
+    assert everybody is not None
+    known = {tuple(range(running)): everybody}
+    groups: dict[str, dist.ProcessGroup] = {}
+    for axis, shape in shapes(settings).items():
+        ranks = tuple(members(shape, rank, axis).tolist())
+        if ranks not in known:  # asked by its members alone, all in this order
+            known[ranks] = dist.new_group(list(ranks), timeout=patience, use_local_synchronization=True)
+        groups[axis] = known[ranks]
+    return World(settings, device, rank, groups)
