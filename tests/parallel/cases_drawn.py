@@ -3,14 +3,11 @@
 import itertools
 from pathlib import Path
 
-import torch
-
 from tests.models import tiny_config
-from tests.parallel.compare import Batches, check_tensors, whole
+from tests.parallel.compare import Batches, check_tensors, whole, world_of
 from trimaran.model.hybrid import build
 from trimaran.parallel.parallelize import spread
 from trimaran.parallel.settings import ParallelSettings
-from trimaran.parallel.world import join
 from trimaran.train.loop import Run
 from trimaran.train.prepare import objective_of, optimizer_of
 from trimaran.train.recipe import TrainSettings
@@ -24,7 +21,7 @@ def drawn_apart(size: int) -> None:
         settings = ParallelSettings(**sizes)
         if settings.world != size or (settings.ep > 1 and kind == "ngpt"):
             continue
-        world, config = join(settings, torch.device("cpu")), tiny_config(kind)
+        world, config = world_of(settings), tiny_config(kind)
         model, cuts = spread(config, world, 3)
         objective, optimizer = objective_of(train, model, world), optimizer_of(train, model)
         run = Run(Path(), train, model, objective, optimizer, Batches(97, 4, 24), world=world, cuts=cuts)

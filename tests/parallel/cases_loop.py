@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.compare import begin, check_tensors, compare, packed, trained, whole
+from tests.parallel.compare import begin, check_tensors, compare, packed, trained, whole, world_of
 from trimaran.data.batch import Batch
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
-from trimaran.parallel.world import World, join
+from trimaran.parallel.world import World
 from trimaran.train.loop import Diverged, train_step
 from trimaran.train.recipe import TrainSettings
 from trimaran.train.validate import evaluate
@@ -53,7 +53,7 @@ def evaluation(size: int) -> None:
     train = TrainSettings(steps=2, batch_size=2, lr=1e-3, eps=1e-5, router_bias_rate=1e-2)
     texts = Texts(5, packed(64, 5, 24, seed=11))
     for sizes in ({"fsdp": size}, {"tp": size}):
-        world = join(ParallelSettings(**sizes), torch.device("cpu"))
+        world = world_of(ParallelSettings(**sizes))
         changes = {"vocab_size": 64, "pattern": "M*-R", "mtp_pattern": ""}
         alone, spread = (begin("everything", train, one, changes) for one in (World(), world))
         truth, found = evaluate(alone.model, [texts]), evaluate(spread.model, [texts], world)
@@ -64,7 +64,7 @@ def evaluation(size: int) -> None:
 def not_finite(size: int) -> None:
     """What one rank alone meets stops all of them, before anything is updated."""
     train = TrainSettings(steps=2, batch_size=4, lr=1e-3)
-    world = join(ParallelSettings(replicate=size), torch.device("cpu"))
+    world = world_of(ParallelSettings(replicate=size))
     run = begin("moe", train, world, {"vocab_size": 64})
     run.folder = Path(tempfile.mkdtemp())
     before = whole(run.model.state_dict(), run)
@@ -80,7 +80,7 @@ def not_finite(size: int) -> None:
 def refusals(size: int) -> None:
     """Sizes that do not divide a step are refused by all."""
     for sizes, rows, found in (({"fsdp": size}, 3, "a step of 3 rows"), ({"tp": size}, 2, "rows of 25 tokens")):
-        world = join(ParallelSettings(**sizes), torch.device("cpu"))
+        world = world_of(ParallelSettings(**sizes))
         with pytest.raises(Refusal, match=found):
             world.share(packed(64, rows, 25, seed=0))
 

@@ -3,12 +3,10 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.parallel.compare import begin, compare
+from tests.parallel.compare import begin, compare, world_of
 from trimaran.parallel.settings import ParallelSettings
-from trimaran.parallel.world import join
 from trimaran.train.loop import train_step
 from trimaran.train.recipe import TrainSettings
 
@@ -30,7 +28,7 @@ def traffic(size: int) -> None:
 
 def exchanges(sizes: dict[str, int], accumulate: int) -> dict[str, int]:
     """How often a step's processes exchange something."""
-    world = join(ParallelSettings(**sizes), torch.device("cpu"))
+    world = world_of(ParallelSettings(**sizes))
     run = begin("dense", TrainSettings(steps=2, batch_size=4, lr=1e-3, accumulate=accumulate), world, {})
     train_step(run, next(run.loader), 1e-3)
     with profile(activities=[ProfilerActivity.CPU]) as watched:

@@ -3,12 +3,11 @@
 from functools import partial
 
 import pytest
-import torch
 
-from tests.parallel.compare import TOLERANCE, begin, check_tensors, compare, packed, whole
+from tests.parallel.compare import TOLERANCE, begin, check_tensors, compare, packed, whole, world_of
 from trimaran.errors import Refusal
 from trimaran.parallel.settings import ParallelSettings
-from trimaran.parallel.world import World, join
+from trimaran.parallel.world import World
 from trimaran.train.recipe import TrainSettings
 
 
@@ -18,7 +17,7 @@ def cut(kind: str, size: int, **changes: object) -> None:
 
 def logits(size: int) -> None:
     """model(tokens) gives the logits of all ids, and their gradient reaches the weights."""
-    world = join(ParallelSettings(tp=size), torch.device("cpu"))
+    world = world_of(ParallelSettings(tp=size))
     train = TrainSettings(steps=1, batch_size=2, lr=1e-3)
     changes = {"vocab_size": 63, "pattern": "M*-R", "mtp_pattern": ""}
     alone, spread = (begin("everything", train, one, changes) for one in (World(), world))
@@ -33,7 +32,7 @@ def logits(size: int) -> None:
 
 def refused(size: int) -> None:
     """Heads, groups, widths and vocabularies that do not divide are named."""
-    world = join(ParallelSettings(tp=size), torch.device("cpu"))
+    world = world_of(ParallelSettings(tp=size))
     train = TrainSettings(steps=1, batch_size=2, lr=1e-3)
     for changes, found in (
         ({"pattern": "M", "n_groups": 1}, "n_groups = 1"),
