@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.models import tiny
+from tests.parallel.ranks import PATIENCE
 from trimaran.data.batch import Batch
 from trimaran.model.hybrid import HybridModel
 from trimaran.parallel.parallelize import parallelize
@@ -70,7 +71,7 @@ def packed(vocab: int, rows: int, length: int, seed: int) -> Batch:
 @functools.cache
 def world_of(settings: ParallelSettings) -> World:
     """One for all cases of a layout: groups have threads."""
-    return join(settings, torch.device("cpu"))
+    return join(settings.replace(timeout=PATIENCE), torch.device("cpu"))
 
 
 def begin(kind: str, train: TrainSettings, world: World, changes: Mapping[str, object]) -> Run:
