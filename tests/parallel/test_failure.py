@@ -81,10 +81,13 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path: Path, uninterru
     check_near(finish(path, 2), uninterrupted, 0.0)
 
 
-def test_text_that_cannot_be_used_is_refused_once_and_leaves_nothing(tmp_path: Path) -> None:
+def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    """Who says it agrees over a store, which is the first process's own where there is no launcher: if that has left
+    by then, the other says it too."""
     path = write_recipe(tmp_path)
     (tmp_path / "text.jsonl").write_text("")
     assert ended(start(path, 2)) == [2, 2]
     words = [(tmp_path / f"rank-{rank}.log").read_text() for rank in range(2)]
-    assert sum(text.count("trimaran: ") for text in words) == 1, words
+    assert sum(text.count("trimaran: ") for text in words) in (1, 2), words
+    assert all(text.count("trimaran: ") <= 1 for text in words), words
     assert not (tmp_path / "run").exists()
