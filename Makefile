@@ -23,12 +23,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes of one thread each: that is what two cores hold. Tests that share process groups stay in one of them.
+# Two processes of one thread each: that is what two cores hold.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
 
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "" $(TESTS)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/cpu.py --peers transformers --cases train,prefill,decode

@@ -1,6 +1,7 @@
 """One process against ranks: the same model, the same three steps, and what may differ (nothing but rounding).
 
-Every rank computes the truth for itself: a whole model from the seed, trained by the same loop on whole steps.
+Every rank computes the truth for itself: a whole model from the seed, trained by the same loop on whole steps. Cases
+that ask for the same truth share it.
 """
 
 import functools
@@ -15,7 +16,6 @@ from torch import Tensor
 from tests.models import tiny
 from tests.parallel.ranks import PATIENCE
 from trimaran.data.batch import Batch
-from trimaran.model.hybrid import HybridModel
 from trimaran.parallel.parallelize import parallelize
 from trimaran.parallel.places import Cut, local, places
 from trimaran.parallel.settings import ParallelSettings
@@ -142,9 +142,10 @@ def compare(
     asked = TrainSettings(**{**given, "aux_loss": 1e-2, "router_bias_rate": 1e-2, **(train or {})})
     changes = {"vocab_size": 64, **(changes or {})}
     world = world_of(settings)
-    alone, spread = begin(kind, asked, World(), changes), begin(kind, asked, world, changes)
-    check_forward(spread, alone.model)
-    truth, found = trained(alone, steps), trained(spread, steps)
+    spread = begin(kind, asked, world, changes)
+    hidden_BTD, truth = alone(kind, asked, steps, tuple(sorted(changes.items())))
+    check_forward(spread, hidden_BTD)
+    found = trained(spread, steps)
     for step, (ours, theirs) in enumerate(zip(found.values, truth.values, strict=True), 1):
         assert ours.keys() == theirs.keys(), f"step {step}: {ours.keys()} for {theirs.keys()}"
         for name, value in theirs.items():
@@ -154,13 +155,26 @@ def compare(
     check_tensors("weight", found.weights, truth.weights, tolerance)
 
 
-def check_forward(spread: Run, model: HybridModel) -> None:
+@functools.cache
+def alone(kind: str, train: TrainSettings, steps: int, changes: tuple[tuple[str, object], ...]) -> tuple[Tensor, Seen]:
+    """One process: the hidden vectors of `first_batch`, and what `steps` steps show."""
+    run = begin(kind, train, World(), dict(changes))
+    batch = first_batch(run)
+    with torch.no_grad():
+        hidden_BTD = run.model.hidden(batch.tokens_BT, batch.doc_ids_BT)
+    return hidden_BTD, trained(run, steps)
+
+
+def first_batch(run: Run) -> Batch:
+    return packed(run.model.config.vocab_size, run.settings.batch_size, 24, seed=0)
+
+
+def check_forward(spread: Run, truth_BTD: Tensor) -> None:
     """Hidden vectors of this rank's share are those that one process has there."""
-    batch, world = packed(model.config.vocab_size, spread.settings.batch_size, 24, seed=0), spread.world
+    batch, world = first_batch(spread), spread.world
     share = world.share(batch)
     with torch.no_grad():
         found_BTD = hidden(spread, share)
-        truth_BTD = model.hidden(batch.tokens_BT, batch.doc_ids_BT)
     number_BT = torch.arange(batch.tokens_BT.numel()).view_as(batch.tokens_BT)
     mine_BT = world.share(Batch(number_BT, number_BT, number_BT, number_BT)).tokens_BT
     assert (found_BTD is None) == (world.place["pp"] < world.settings.pp - 1)

@@ -3,6 +3,9 @@
 One group of processes per world size runs all selected cases of that size when the first of them is asked for.
 """
 
+import fcntl
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,19 +17,32 @@ CASES = ranks.cases()
 
 @pytest.fixture(scope="session")
 def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name -> what went wrong, for all selected cases."""
+    """Name -> what went wrong, for all selected cases. Of several pytest processes one runs them, the others wait."""
     items = request.session.items
     selected = {item.callspec.params["name"] for item in items if getattr(item, "originalname", "") == "test_case"}
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = shared / "ranks.json"
+    with open(shared / "ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            path.write_text(json.dumps(run(selected, shared)))
+    found: dict[str, str] = json.loads(path.read_text())
+    return found
+
+
+def run(selected: set[str], folder: Path) -> dict[str, str]:
+    """One group of processes per world size."""
     found: dict[str, str] = {}
     for size in sorted({CASES[name][0] for name in selected}):
         names = [name for name in CASES if name in selected and CASES[name][0] == size]
-        folder: Path = tmp_path_factory.mktemp(f"ranks-{size}")
-        found |= ranks.run(size, names, folder)
+        place = folder / f"ranks-{size}"
+        place.mkdir()
+        found |= ranks.run(size, names, place)
     return found
 
 
 @pytest.mark.timeout(1200)  # of the first case, which waits for all
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, verdicts: dict[str, str]) -> None:
     if verdicts[name]:
