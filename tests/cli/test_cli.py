@@ -191,7 +191,11 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
         "main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "waits.py", "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, tmp_path / "waits.py", "wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits deafness
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

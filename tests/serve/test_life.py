@@ -200,7 +200,14 @@ def serve(folder, *overrides: str) -> tuple[subprocess.Popen[str], str]:
     """`trimaran serve` as a process of its own, and its address."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "trimaran", "serve", str(folder), "serve.port=0", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits deafness
+    )
     line = process.stdout.readline()
     found = re.search(r"serving learnt at http://127\.0\.0\.1:(\d+)", line)
     assert found, line + process.stderr.read()
