@@ -34,7 +34,7 @@ def check_rows(engine: Engine) -> int:
             if engine.drafter.behind(job):
                 put_off = engine.drafter.waiting[job]
                 assert put_off.following == job.text[job.sequence.mtp_length + 1 : told + 1]
-                torch.testing.assert_close(put_off.hidden, hidden[0, job.sequence.mtp_length : told], **NEAR)
+                torch.testing.assert_close(torch.cat(put_off.hidden), hidden[0, job.sequence.mtp_length : told], **NEAR)
             model.mtp(hidden[:, :pairs], read[:, 1:], state=state.mtp)
             layers += [(place, layer, 1) for place, layer in enumerate(state.mtp.layers) if hasattr(layer, "k")]
             if told < pairs:

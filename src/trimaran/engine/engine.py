@@ -29,7 +29,7 @@ from trimaran.engine.request import EngineSettings, Piece, Request, Stats, check
 from trimaran.engine.row import Output, check_prompt, open_rows
 from trimaran.engine.scheduler import Job, Scheduler, Share
 from trimaran.engine.sizing import check_drafter, fitted, warnings
-from trimaran.engine.speculate import MTP, Drafter, DraftLength, LookUp, Need, Reading, SmallModel
+from trimaran.engine.speculate import MTP, Drafter, DraftLength, LookUp, Need, Reading, SmallModel, picked
 from trimaran.engine.worth import Worth
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
@@ -226,7 +226,8 @@ class Engine:
             job, last = share.job, share.start + share.count - 1
             asks.append(job.row.ask(job.seen, share.drafts, share.law, job.request.top_logprobs))
             places += range(last, last + 1 + len(share.drafts))
-        logits_NV = self.model.head(hidden_ND[None, places])[0]
+        wanted_PD = hidden_ND if len(places) == len(hidden_ND) else picked(places, hidden_ND)
+        logits_NV = self.model.head(wanted_PD[None])[0]
         return choose(logits_NV, asks, self.spelled, self.settings.acceptance)
 
     def push(self, share: Share, choice: Choice) -> Piece:
@@ -271,11 +272,11 @@ class Engine:
         """Tells the drafter what has been read for good, and the cache what is worth keeping."""
         if self.drafter is not None and self.drafter.needs_hidden:
             self.drafter.observe([reading(share, hidden_ND, self.drafter.behind(share.job)) for share in shares])
-            newest_SD = hidden_ND[[share.start + share.kept - 1 for share in shares]]
-            for share, newest_D in zip(shares, newest_SD.unbind(0), strict=True):
-                share.job.hidden = newest_D
         if self.cache is None:
             return
+        if self.cache.hidden:  # apart: views would hold on to the pass
+            for share, newest_D in zip(shares, picked([s.start + s.kept - 1 for s in shares], hidden_ND).unbind(0)):
+                share.job.hidden = newest_D
         kept = [share.job for share in shares if self.worth_keeping(share.job)]
         if self.drafter is not None:
             self.drafter.settle(kept)
@@ -395,4 +396,4 @@ def reading(share: Share, hidden_ND: Tensor, behind: int) -> Reading:
         assert job.hidden is not None and told == share.begin - 1
         hidden_MD = torch.cat([job.hidden[None], hidden_MD])
     following = job.text[told + 1 : share.begin + share.kept + 1]
-    return Reading(job, sequence, hidden_MD, following)
+    return Reading(job, sequence, hidden_MD, following, len(hidden_ND))
