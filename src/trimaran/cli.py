@@ -153,14 +153,15 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "trimaran.cli:convert",
         "Make another checkpoint of one or several.",
-        "One switch says how. --export saves a checkpoint, or a run's newest, as the hub folder OUT. --merge averages "
-        "the checkpoints that a run kept (or last=N, or steps=[...]) into OUT, as a decay of the learning rate would "
-        "have (profile=minus_sqrt).",
+        "A file of llama.cpp's format, FILE.gguf, is imported as the hub folder OUT, tokenizer and chat template with "
+        "it; for a RUN one switch says how. --export saves a checkpoint, or a run's newest, as the hub folder OUT. "
+        "--merge averages the checkpoints that a run kept (or last=N, or steps=[...]) into OUT, as a decay of the "
+        "learning rate would have (profile=minus_sqrt).",
         examples=(
             "trimaran convert --merge runs/text runs/merged profile=cosine last=5",
-            "trimaran convert --export runs/text/checkpoints/step-200 runs/at-200",
+            "trimaran convert smollm2.gguf smollm2 dtype=bfloat16",
         ),
-        target="RUN",
+        target="RUN|FILE.gguf",
         args=("OUT",),
         flags={
             "export": "Save a checkpoint, of however many processes, as a hub folder.",
@@ -169,8 +170,9 @@ VERBS: dict[str, Verb] = {
     ),
 }
 
-# a switch of `convert` -> main(target, overrides, out)
+# a switch of `convert`, or how a file's name ends -> main(target, overrides, out)
 CONVERSIONS = {"export": "trimaran.train.export:main", "merge": "trimaran.train.merge:main"}
+IMPORTS = {".gguf": "trimaran.train.gguf:main"}
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("trimaran.train.recipe:PretrainRecipe", "trimaran.train.pretrain:main"),
@@ -327,12 +329,14 @@ def train(target: str, overrides: list[str]) -> int | None:
 
 
 def convert(target: str, overrides: list[str], out: str | None = None, **asked: bool) -> int | None:
-    """Hands the checkpoints to the one conversion that was asked for."""
+    """Hands the file, or the checkpoints, to the one conversion that was asked for."""
     from trimaran import config
 
     chosen = [name for name, on in asked.items() if on]
+    if not chosen and Path(target).suffix in IMPORTS:
+        return config.imported(IMPORTS[Path(target).suffix])(target, overrides, out)
     if len(chosen) != 1:
         found = f"trimaran convert with {' and '.join(f'--{name}' for name in chosen) or 'no switch'}"
-        allowed = "one of " + ", ".join(f"--{name}" for name in CONVERSIONS)
+        allowed = "one of " + ", ".join(f"--{name}" for name in CONVERSIONS) + f", or a file: {', '.join(IMPORTS)}"
         raise Refusal(found, allowed, "see trimaran convert -h")
     return config.imported(CONVERSIONS[chosen[0]])(target, overrides, out)
