@@ -122,6 +122,7 @@ ABSURD = {
     "a kind of value": struct.pack("<QQ", 0, 1) + string("k") + struct.pack("<IQ", 99, 0),
     "dimensions": struct.pack("<QQ", 1, 0) + string("t") + struct.pack("<I", 1 << 31) + bytes(64),
     "a size": struct.pack("<QQ", 1, 0) + string("t") + struct.pack("<IQIQ", 1, HUGE, 0, 0) + bytes(64),
+    "no numbers": struct.pack("<QQ", 1, 0) + string("t") + struct.pack("<IQIQ", 1, 0, 0, 0) + bytes(64),
     "an offset": struct.pack("<QQ", 1, 0) + string("t") + struct.pack("<IQIQ", 1, 4, 0, HUGE) + bytes(64),
     "half a block": struct.pack("<QQ", 1, 0) + string("t") + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(64),
     "twice": struct.pack("<QQ", 0, 2) + (string("k") + struct.pack("<II", 4, 1)) * 2,

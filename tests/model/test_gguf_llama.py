@@ -148,6 +148,7 @@ def test_a_tensor_that_does_not_fit_is_named(told, tmp_path):
         ({"attention__head_count": [4, 4]}, "llama.attention.head_count = array"),
         ({"block_count": 2**31}, "num_hidden_layers = 2147483648 by the metadata"),
         ({"embedding_length": 2**31}, "hidden_size = 2147483648 by the metadata"),
+        ({"attention__key_length": 300, "attention__head_count": 300}, "head_dim = 300 by the metadata"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon = nan"),
     ],
 )

@@ -93,6 +93,8 @@ class GGUF:
             raise self.damaged(f"a tensor with {dimensions} dimensions")
         shape = tuple(reader.number(U64) for _ in range(dimensions))[::-1]
         kind, offset = reader.number(U32), reader.number(U64)
+        if not all(shape):
+            raise self.damaged(f"a tensor of shape {list(shape)}")
         block = FORMATS.get(kind)
         if block is None:
             return Stored(kind, shape, offset, 0)  # refused by name, if it is ever asked for

@@ -107,6 +107,7 @@ def llama_config(file: GGUF) -> ModelConfig:
         known = f"{ARCHITECTURE!r}: Llama, SmolLM, Mistral and what else has their layers"
         raise Refusal(f"{file.path} has the architecture {architecture!r}", known, "choose a model of this family")
     given = settings_of(file)
+    file.check_formats(file.tensors)
     if EMBEDDING not in file.tensors or len(file.tensors[EMBEDDING].shape) != 2:
         raise Refusal(f"{file.path} has no matrix {EMBEDDING}", "an embedding", "fetch the file again")
     vocabulary = file.tensors[EMBEDDING].shape[0]
@@ -115,9 +116,9 @@ def llama_config(file: GGUF) -> ModelConfig:
     if missing:
         found = f"{file.path} has no {ARCHITECTURE}.{missing[0]}"
         raise Refusal(found, ", ".join(f"{ARCHITECTURE}.{name}" for name in SIZES), "fetch the file again")
-    check_sizes(file, keys)
     keys.setdefault("num_key_value_heads", keys["num_attention_heads"])
-    keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
+    keys.setdefault("head_dim", max(1, keys["hidden_size"] // keys["num_attention_heads"]))
+    check_sizes(file, keys)
     keys |= {ours: number(given, theirs) for theirs, ours in NUMBERS.items() if theirs in given}
     repeated(given, {REPEATED[0]: keys["head_dim"], REPEATED[1]: keys["head_dim"], REPEATED[2]: vocabulary})
     keys |= {"model_type": ARCHITECTURE, "vocab_size": vocabulary, "tie_word_embeddings": HEAD not in file.tensors}
@@ -162,8 +163,9 @@ def repeated(given: dict[str, Any], implied: dict[str, int]) -> None:
 
 def check_sizes(file: GGUF, keys: dict[str, int]) -> None:
     """Refuses sizes that no tensor of the file can have, before a model is made of them."""
-    stored = max(max(tensor.shape, default=0) for tensor in file.tensors.values())
+    stored = min(1 << 30, max(max(tensor.shape) for tensor in file.tensors.values()))
     bounds = dict.fromkeys(keys, stored) | {"num_hidden_layers": len(file.tensors), "max_position_embeddings": 1 << 40}
+    bounds["head_dim"] = stored // keys["num_attention_heads"]
     for key, bound in bounds.items():
         if keys[key] > bound:
             raise Refusal(f"{key} = {keys[key]} by the metadata of {file.path}", f"at most {bound}", "fetch it again")
@@ -214,4 +216,3 @@ def check(file: GGUF, model: HybridModel) -> None:
     told = "; ".join(f"{len(names)} tensors {kind}: {hub.listed(names)}" for kind, names in kinds.items() if names)
     if told:
         raise Refusal(f"{file.path}: {told}", f"the {len(wanted)} tensors its metadata imply", "import another model")
-    file.check_formats(wanted)
