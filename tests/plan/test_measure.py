@@ -10,7 +10,7 @@ from tests.plan.small import machine
 from trimaran.plan.costs import Costs, Job
 from trimaran.plan.hardware import COLLECTIVES, Reach, find
 from trimaran.plan.layout import Layout
-from trimaran.plan.probes import PROBES, fitted, nonnegative, probe_model
+from trimaran.plan.probes import PROBES, SPREAD, fitted, fitted_spread, nonnegative, probe_model, spreads
 
 
 def bare():
@@ -43,6 +43,30 @@ def test_noise_of_a_tenth_leaves_predictions_within_it():
     noise = np.random.default_rng(0).normal(1, 0.1, len(truth))
     found = steps(bare().replace(reach=fitted(bare(), "fp32", list(truth * noise))))
     assert np.mean(np.abs(np.array(found) / truth - 1)) < 0.1
+
+
+def spread_steps(hardware, processes: int) -> list[float]:
+    """What the cost model itself says of spread probes."""
+    found = []
+    for one in SPREAD:
+        for axes in spreads(processes):
+            layout = Layout(**axes, micro_batch=one.rows * processes // Layout(**axes).rows)
+            job = Job(probe_model(one.pattern, one.width), one.sequence, one.rows * processes, hardware, "fp32")
+            found.append(Costs(job).step(layout).total)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_what_spread_steps_lack_comes_back(processes):
+    """Messages that take longer, and waiting, are told apart; steps that lack neither are left alone."""
+    curves = {kind: [(256.0, 1e-4), (1e6, 2e-3)] for kind in COLLECTIVES}
+    known = bare().replace(curves=curves, reach=Reach(matmul=0.6, memory=0.5, link=0.75))
+    slow = known.replace(reach=known.reach.replace(exchange=3.3, waits=0.15))
+    found = fitted_spread(known, "fp32", processes, spread_steps(slow, processes))
+    assert (found.exchange, found.waits) == (pytest.approx(3.3, rel=0.01), pytest.approx(0.15, rel=0.01))
+    same = fitted_spread(known, "fp32", processes, spread_steps(known, processes))
+    assert (same.exchange, same.waits) == (pytest.approx(1), pytest.approx(0, abs=1e-9))
+    assert fitted_spread(known.replace(hides=True), "fp32", processes, []) == known.reach
 
 
 def test_least_squares_without_negatives():

@@ -88,6 +88,7 @@ class Times:
     data: float = 0.0
     pipeline: float = 0.0
     bubble: float = 0.0
+    waiting: float = 0.0
     optimizer: float = 0.0
     other: float = 0.0
     overlap: float = 0.0  # hidden: negative
@@ -118,6 +119,8 @@ class Costs:
         slowest = max(each, key=lambda times: times.total)
         parts = Times(**{name: count * value for name, value in vars(slowest).items()})
         parts.bubble = (sum(times.total for times in each) - slowest.total) / layout.virtual
+        if layout.world > layout.pp:
+            parts.waiting = job.hardware.reach.waits * parts.compute
         self.add_tail(parts, set(found), layout)
         return parts
 

@@ -36,6 +36,9 @@ class Reach(Settings):
     tile                      rows that a matrix product's rows are rounded up to, on average by half of it
     slowed_compute            how many times as long computing takes while a collective runs beside it
     slowed_link               how many times as long a collective takes while computing runs beside it
+    exchange                  how many times as long a message takes within a step as alone, where its curve was
+                              measured alone: it is packed and unpacked, and computing has filled the caches
+    waits                     share of computing for which processes that exchange wait for the slowest of them
     """
 
     matmul: float = Field(0.75, gt=0)
@@ -50,6 +53,8 @@ class Reach(Settings):
     tile: int = Field(128, gt=0)
     slowed_compute: float = Field(1.15, ge=1)
     slowed_link: float = Field(1.2, ge=1)
+    exchange: float = Field(1.0, ge=1)
+    waits: float = Field(0.0, ge=0)
 
 
 class Hardware(Settings):

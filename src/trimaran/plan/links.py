@@ -21,7 +21,7 @@ def seconds(hardware: Hardware, kind: str, size: float, members: int, stride: in
         return 0.0
     share = {"all_reduce": 2 * (members - 1) / members, "send": 1.0}.get(kind, (members - 1) / members)
     if kind in hardware.curves:
-        return along(hardware.curves[kind], share * size)
+        return hardware.reach.exchange * along(hardware.curves[kind], share * size)
     inside = max(1, min(members, hardware.domain // stride))
     reach = hardware.reach
     link, network = hardware.link * reach.link, hardware.network * reach.network

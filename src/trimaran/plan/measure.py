@@ -1,7 +1,7 @@
 """The machine at hand as `Hardware`: real training steps and real collectives, timed in processes started for it.
 
     peak, bandwidth   the quickest of several square matrix products, and large sums: what 1.0 of a share means
-    reach             fitted to training steps of small models of every layer kind (probes.py)
+    reach             fitted to training steps of small models of every layer kind, whole and spread (probes.py)
     curves            every kind of collective at several sizes; the points themselves are kept, for two-point fits miss
                       the sizes in between
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from trimaran.errors import Refusal
 from trimaran.plan.hardware import COLLECTIVES, Hardware, Precision, Reach
-from trimaran.plan.probes import PROBES, fitted, stepper
+from trimaran.plan.probes import PROBES, SPREAD, fitted, fitted_spread, spreads, stepper
 from trimaran.report import environment
 
 REPEATS, WARM = 7, 2
@@ -37,7 +37,7 @@ PATIENCE = 300  # seconds for all of it
 
 
 def measure(processes: int, precision: Precision = "fp32") -> Hardware:
-    """Figures of this machine for so many processes. About a minute on two cores."""
+    """Figures of this machine for so many processes. About two minutes on two cores."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.device_count() < processes:
         found = f"--measure with {processes} processes on {torch.cuda.device_count()} GPUs"
@@ -61,7 +61,8 @@ def measure(processes: int, precision: Precision = "fp32") -> Hardware:
         reach=Reach(matmul=1.0, attention=1.0, scan=1.0, memory=1.0, optimizer=1.0, tile=8, step=0.0),
         source=f"{made['gpu'] or made['cpu']}, {processes} processes, torch {made['torch']}, {made['date']}",
     )
-    return bare.replace(reach=fitted(bare, precision, figures["steps"]))
+    known = bare.replace(reach=fitted(bare, precision, figures["steps"]))
+    return known.replace(reach=fitted_spread(known, precision, processes, figures["spread"]))
 
 
 def gathered(processes: int, device: str, precision: Precision) -> dict[str, Any]:
@@ -103,6 +104,9 @@ def member(rank: int, processes: int, folder: str, kind: str, precision: Precisi
         "bandwidth": bandwidth(device),
         "steps": [median(stepper(one, device, precision), device) for one in PROBES],
         "curves": {kind: [time_of(kind, size, rank, processes, device) for size in SIZES] for kind in COLLECTIVES},
+        "spread": [
+            median(stepper(one, device, precision, axes), device) for one in SPREAD for axes in spreads(processes)
+        ],
     }
     if rank == 0:
         (Path(folder) / "part.json").write_text(json.dumps(figures))

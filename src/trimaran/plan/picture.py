@@ -9,7 +9,10 @@ from trimaran.plan.show import MEMORY, TIME
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#2a6f97", "#89c2d9", "#d1603d", "#e9a178", "#5b8e55", "#a7c4a0", "#7d5ba6", "#c3b1d9", "#777777", "#bbbbbb")
+COLOURS = (
+    *("#2a6f97", "#89c2d9", "#d1603d", "#e9a178", "#5b8e55", "#a7c4a0"),
+    *("#7d5ba6", "#c3b1d9", "#444444", "#777777", "#bbbbbb"),
+)
 
 SEEN = 0.004  # a part below this share is not drawn
 

@@ -1,11 +1,12 @@
-"""Small models whose training steps tell a machine's coefficients, and the fit.
+"""Small models whose training steps tell a machine's coefficients, and the fits.
 
 A step's time is linear in its counts (work.py), so the coefficients come from least squares on relative errors, none of
-them negative. The probes have every kind of layer alone at two sizes, and mixtures.
+them negative. The probes have every kind of layer alone at two sizes, and mixtures. What messages cost within a step,
+and how long processes wait for one another, are fitted to steps that are spread, after all else.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from trimaran.data.batch import Batch
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import build
+from trimaran.parallel.parallelize import parallelize
+from trimaran.parallel.settings import ParallelSettings
+from trimaran.parallel.world import World, join
 from trimaran.plan.costs import ADAM_BYTES, Costs, Job
 from trimaran.plan.hardware import Hardware, Precision, Reach
 from trimaran.plan.layout import Layout
@@ -49,7 +53,21 @@ PROBES = (
     Probe("R-R-", 192, 8, 128),
     Probe("ME*E", 192, 4, 256),
     Probe("ME*E", 192, 16, 128),
+    Probe("M-*E", 320, 4, 128),
+    Probe("M-*E", 320, 8, 128),
 )
+
+
+# Rows are those of one process, times their number.
+SPREAD = (Probe("ME*-", 192, 4, 128), Probe("M-*E", 320, 2, 128), Probe("ME*-", 192, 8, 128))
+
+
+def spreads(processes: int) -> list[dict[str, Any]]:
+    """Layouts that steps are spread in: each axis that talks within a step, over two processes, fsdp over the rest."""
+    found: list[dict[str, Any]] = [{"replicate": processes}, {"fsdp": processes}]
+    if processes % 2 == 0:
+        found += [{"fsdp": processes // 2, "tp": 2}, {"fsdp": processes // 2, "cp": 2}, {"fsdp": processes, "ep": 2}]
+    return found
 
 
 def probe_model(pattern: str, width: int) -> ModelConfig:
@@ -81,15 +99,21 @@ def batch_of(config: ModelConfig, rows: int, sequence: int) -> Batch:
     return Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32), torch.ones(rows, sequence))
 
 
-def stepper(one: Probe, device: torch.device, precision: Precision) -> Callable[[], Any]:
-    """A function that takes one real step: the loop's own, with loss, clipping and optimizer."""
+def stepper(
+    one: Probe, device: torch.device, precision: Precision, axes: Mapping[str, Any] | None = None
+) -> Callable[[], Any]:
+    """A function that takes one real step: the loop's own, with loss, clipping and optimizer. axes: sizes of a layout
+    that it is spread in, with `one.rows` rows for each process; None: it is whole in one process."""
     config = probe_model(one.pattern, one.width)
     model = build(config, device, seed=0).train()
     number = "bf16" if precision == "bf16" else "fp32"
-    settings = TrainSettings(steps=99, batch_size=one.rows, lr=1e-4, precision=number, device=device.type)
-    learner = optimizer_of(settings, model)
-    run = Run(Path("."), settings, model, objective_of(settings, model), learner, loader=None)  # type: ignore[arg-type]
-    batch = batch_of(config, one.rows, one.sequence)
+    world = World() if axes is None else join(ParallelSettings(**axes), device)
+    rows = one.rows * world.settings.world
+    cuts = {} if axes is None else parallelize(model, world, one.sequence // 2)
+    settings = TrainSettings(steps=99, batch_size=rows, lr=1e-4, precision=number, device=device.type)
+    learner, objective = optimizer_of(settings, model), objective_of(settings, model, world)
+    run = Run(Path("."), settings, model, objective, learner, loader=None, world=world, cuts=cuts)  # type: ignore[arg-type]
+    batch = batch_of(config, rows, one.sequence)
     return lambda: train_step(run, batch, 1e-4)
 
 
@@ -129,6 +153,28 @@ def fitted(bare: Hardware, precision: Precision, seconds: list[float]) -> Reach:
         optimizer=share[5],
         step=found[6] * 1e-4,
     )
+
+
+def fitted_spread(known: Hardware, precision: Precision, processes: int, seconds: list[float]) -> Reach:
+    """`known` with what it lacks of steps that are spread: least squares of relative errors over messages and waiting.
+
+    seconds: of a step of each of SPREAD in each of `spreads(processes)`, models outermost. Nothing is fitted where
+    messages run beside computing, for time is not linear there.
+    """
+    if known.hides:
+        return known.reach
+    rows, missing = [], []
+    cases = [(one, axes) for one in SPREAD for axes in spreads(processes)]
+    for (one, axes), taken in zip(cases, seconds, strict=True):
+        layout = Layout(**axes)
+        layout = replace(layout, micro_batch=one.rows * processes // layout.rows)
+        job = Job(probe_model(one.pattern, one.width), one.sequence, one.rows * processes, known, precision)
+        parts = Costs(job).step(layout)
+        talking = parts.tensor + parts.context + parts.expert + parts.data
+        rows.append([talking / taken, parts.compute / taken])
+        missing.append(1 - parts.total / taken)
+    longer, waits = nonnegative(np.array(rows), np.array(missing))
+    return known.reach.replace(exchange=1 + longer, waits=waits)
 
 
 def nonnegative(matrix: np.ndarray, wanted: np.ndarray, sweeps: int = 5000) -> list[float]:

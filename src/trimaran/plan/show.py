@@ -15,6 +15,7 @@ TIME = {
     "data": "fsdp, replicate: weights, gradients",
     "pipeline": "pp: activations handed on",
     "bubble": "pp: waiting (bubble)",
+    "waiting": "waiting for the slowest",
     "optimizer": "optimizer",
     "other": "the rest of a step",
     "overlap": "hidden beside computing",
