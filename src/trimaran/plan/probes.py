@@ -82,7 +82,7 @@ def probe_model(pattern: str, width: int) -> ModelConfig:
         mamba_num_heads=2 * width // 64,
         mamba_head_dim=64,
         ssm_state_size=32,
-        n_groups=1,
+        n_groups=2,
         chunk_size=64,
         intermediate_size=4 * width,
         n_routed_experts=8,
