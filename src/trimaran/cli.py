@@ -140,15 +140,17 @@ VERBS: dict[str, Verb] = {
     "score": Verb(
         "trimaran.evals.run:main",
         "Score a model on tasks, every episode on record.",
-        "TASKS are names separated by commas, or a TOML file with a [tasks.NAME] table each. The same command again "
-        "goes on where it was.",
+        "TASKS are names of tasks and suites separated by commas, an analysis (representation), or a TOML file with a "
+        "[tasks.NAME] table each. The same command again goes on where it was. With --compare, two folders that were "
+        "scored stand side by side.",
         examples=(
-            "trimaran score runs/sft arithmetic,transforms",
-            "trimaran score runs/sft arithmetic n=500 samples=8 thinking=false tasks.arithmetic.settings.digits=3",
+            "trimaran score runs/sft arithmetic,transforms n=500 samples=8 tasks.arithmetic.settings.digits=3",
+            "trimaran score --compare runs/sft runs/rlvr",
         ),
         target="FOLDER",
         args=("TASKS",),
-        flags={"json": "Print one JSON document instead."},
+        flags={"json": "Print one JSON document instead.", "compare": "Compare two folders' scores, with intervals."},
+        options={"lengths": Option("N,...", "Lengths of a suite's problems in tokens, such as 4k,8k,1M.")},
     ),
     "convert": Verb(
         "trimaran.cli:convert",

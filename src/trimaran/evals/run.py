@@ -2,6 +2,8 @@
 
     trimaran score runs/sft arithmetic,transforms n=200 samples=4 tasks.arithmetic.settings.digits=3
     trimaran score runs/sft tasks.toml thinking=false
+    trimaran score runs/sft ruler --lengths 1k,2k              a suite: several tasks, and what they say together
+    trimaran score runs/sft representation                     an analysis, which has settings of its own
 
 All tasks go through one engine together. Killed and called again, it goes on; asked for more, it plays the rest.
 """
@@ -24,6 +26,7 @@ from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal, writing
 from trimaran.evals.play import Group, Player, PlaySettings
 from trimaran.evals.records import Key, Records, digest_of, model_digest, record_of, source_of
+from trimaran.evals.suites import ANALYSES, SUITES, Result, Suite, context_of, lengths_of, suite
 from trimaran.evals.table import table, total_failed
 from trimaran.evals.tally import Score, score_of
 from trimaran.report import Progress, environment, say
@@ -33,7 +36,7 @@ from trimaran.tasks.task import Split, Task
 from trimaran.train.folder import locked
 
 SCORES, RECORDS, RESULTS = "scores", "records.jsonl", "results.json"
-COUNTS = {"n", "samples", "greedy", "tasks", "engine", "device"}  # settings that no single episode depends on
+COUNTS = {"n", "samples", "greedy", "tasks", "suites", "engine", "device"}  # settings that no single episode depends on
 
 
 class Subject(Settings):
@@ -47,6 +50,7 @@ class ScoreSettings(PlaySettings):
     """What is scored, how often, and how the model answers."""
 
     tasks: dict[str, Subject] = Field(default_factory=dict)
+    suites: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings of each suite
     n: int = Field(200, ge=1)  # problems of each task
     split: Split = "held_out"
     samples: int = Field(4, ge=0)  # episodes of each problem at `temperature`
@@ -138,41 +142,130 @@ def play_missing(
                 progress.update(total - left, tokens=played.tokens)
 
 
-def main(target: str, overrides: Sequence[str] = (), tasks: str | None = None, json: bool = False) -> int:
+def main(
+    target: str,
+    overrides: Sequence[str] = (),
+    tasks: str | None = None,
+    json: bool = False,
+    compare: bool = False,
+    lengths: str | None = None,
+) -> int:
     """Scores a folder's model, prints a table (or one JSON document), and returns 1 where episodes failed."""
-    settings = settings_of(tasks, overrides)
-    opened = settings.open()
-    settings.modes()
-    held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
-    if held.base:
-        put(sys.stderr, f"{target} is a base model ({held.base}): nobody has taught it to answer.\n")
-    engine = Engine(held.model, held.tokenizer, settings.engine)
-    home, weights = Path(target) / SCORES, model_digest(Path(target))
-    labels = {name: f"{name}-{digest(task, settings, weights)}" for name, task in opened.items()}
-    scores = score(engine, {labels[name]: task for name, task in opened.items()}, settings, home)
-    scores = {name: scores[labels[name]] for name in opened}
-    document = {"model": target, "settings": config.plain(settings), "made_on": environment(), "tasks": {}}
-    for name, found in scores.items():
-        place = home / labels[name]
-        document["tasks"][name] = {"records": str(place / RECORDS), **found.document()}
-        write_results(place / RESULTS, {**document, "tasks": {name: document["tasks"][name]}})
+    if compare:
+        return compared(target, tasks, overrides, lengths, json)
+    if tasks in ANALYSES:
+        if lengths is not None:
+            raise Refusal(f"--lengths for {tasks}", "a suite of several lengths", f"{tasks} lengths=[...]")
+        return int(config.imported(ANALYSES[tasks])(target, overrides, json))
+    settings = settings_of(tasks, overrides, lengths)
+    bench = Bench(target, settings)
+    scores = bench.tasks()
+    document = {**bench.document(), "tasks": scores[0]}
+    told = [table(scores[1])] if scores[1] else []
+    for name, values in settings.suites.items():
+        found, lines = bench.suite(suite(name, values))
+        document.setdefault("suites", {})[name] = found
+        told.append(lines)
     if json:
         say(as_json.dumps(document, indent=1))
     else:
-        say(f"{target}, {settings.split} problems\n{table(scores)}\nrecords in {home}")
-    return int(total_failed(scores) > 0)
+        say(f"{target}, {settings.split} problems\n" + "\n\n".join(told) + f"\nrecords in {bench.home}")
+    return int(bench.failed > 0)
 
 
-def settings_of(tasks: str | None, overrides: Sequence[str]) -> ScoreSettings:
+def compared(target: str, other: str | None, overrides: Sequence[str], lengths: str | None, json: bool) -> int:
+    """`--compare`: hands two folders on."""
+    from trimaran.evals.compare import main as side_by_side
+
+    if other is None or overrides or lengths is not None:
+        found = "--compare with " + ("one folder" if other is None else "settings")
+        raise Refusal(found, "two folders that were scored", f"trimaran score --compare {target} OTHER")
+    return side_by_side(target, other, json)
+
+
+class Bench:
+    """A folder's model, opened to be scored. failed: episodes and rows without a score so far."""
+
+    def __init__(self, target: str, settings: ScoreSettings):
+        self.opened = settings.open()
+        for name, values in settings.suites.items():
+            suite(name, values)
+        settings.modes()
+        held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
+        if held.base:
+            put(sys.stderr, f"{target} is a base model ({held.base}): nobody has taught it to answer.\n")
+        self.target, self.settings, self.failed = target, settings, 0
+        self.engine = Engine(held.model, held.tokenizer, settings.engine)
+        self.home, self.weights = Path(target) / SCORES, model_digest(Path(target))
+
+    def document(self) -> dict[str, Any]:
+        return {"model": self.target, "settings": config.plain(self.settings), "made_on": environment()}
+
+    def label(self, name: str, task: Task, settings: ScoreSettings) -> str:
+        return f"{name}-{digest(task, settings, self.weights)}"
+
+    def tasks(self) -> tuple[dict[str, Any], dict[str, Score]]:
+        """The plain tasks, together: their results as JSON, and their scores."""
+        labels = {name: self.label(name, task, self.settings) for name, task in self.opened.items()}
+        by_label = {labels[name]: task for name, task in self.opened.items()}
+        found = score(self.engine, by_label, self.settings, self.home) if by_label else {}
+        scores = {name: found[labels[name]] for name in self.opened}
+        self.failed += total_failed(scores)
+        return {name: self.written(name, self.opened[name], self.settings, one) for name, one in scores.items()}, scores
+
+    def written(self, name: str, task: Task, settings: ScoreSettings, found: Score) -> dict[str, Any]:
+        """Writes a task's results beside its records, and returns them. asked: a digest of all but the weights."""
+        place = self.home / self.label(name, task, settings)
+        document = {"records": str(place / RECORDS), "asked": digest(task, settings, ""), **found.document()}
+        write_results(place / RESULTS, {**self.document(), "tasks": {name: document}})
+        return document
+
+    def suite(self, asked: Suite) -> tuple[dict[str, Any], str]:
+        """A suite's rows, one after the other: the results as JSON, and as lines."""
+        context, results, told = context_of(self.target), dict[str, Result](), dict[str, Any]()
+        for name, row in asked.rows(context).items():
+            settings = self.settings.replace(**row.play)
+            label = self.label(f"{asked.name}-{name}", row.task, settings)
+            try:
+                row.task.check(1)
+                (found,) = score(self.engine, {label: row.task}, settings, self.home).values()
+            except Refusal as fault:
+                results[name], told[name] = Result(None, fault=fault), {"error": str(fault)}
+                self.failed += 1
+                continue
+            kept = Records(self.home / label / RECORDS).known
+            results[name] = Result(found, [kept[key] for key in keys(row.task, settings)])
+            told[name] = self.written(f"{asked.name}-{name}", row.task, settings, found)
+            self.failed += found.failed
+        report = asked.report(context, results)
+        document = {**report.document, "trained_length": context.trained, "rows": told}
+        home = self.home / f"{asked.name}-{digest_of(suite=asked.model_dump(mode='json'), weights=self.weights)}"
+        home.mkdir(parents=True, exist_ok=True)
+        write_results(home / RESULTS, {**self.document(), "suites": {asked.name: document}})
+        if report.picture is not None:
+            report.picture.savefig(home / f"{asked.name}.png", format="png")
+        return document, f"{report.text}\nresults in {home}"
+
+
+def settings_of(tasks: str | None, overrides: Sequence[str], lengths: str | None = None) -> ScoreSettings:
     """Settings from a TOML file, or from a list of names; `overrides` laid over it."""
     if tasks is not None and tasks.endswith(".toml"):
+        if lengths is not None:
+            raise Refusal("--lengths with a TOML file", "lengths in its [suites.NAME]", "write them there")
         settings = config.load(ScoreSettings, tasks, overrides)
     else:
         named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        tables = {"tasks": {name.rpartition(":")[2]: {"task": name} for name in named}}
+        plain = [name for name in named if name not in SUITES]
+        tables: dict[str, dict[str, Any]] = {"tasks": {name.rpartition(":")[2]: {"task": name} for name in plain}}
+        tables["suites"] = {name: {} for name in named if name in SUITES}
+        if lengths is not None:
+            if not tables["suites"]:
+                raise Refusal(f"--lengths without a suite: {tasks}", ", ".join(SUITES), "name a suite, or no --lengths")
+            tables["suites"] = {name: {"lengths": lengths_of(lengths)} for name in tables["suites"]}
         settings = ScoreSettings(**config.override(tables, overrides))
-    if not settings.tasks:
-        known = ", ".join([*sorted(names.TASKS), "package.module:Class", "a TOML file with [tasks.NAME] tables"])
+    if not settings.tasks and not settings.suites:
+        ours = [*sorted(names.TASKS), *SUITES, *ANALYSES]
+        known = ", ".join([*ours, "package.module:Class", "a TOML file with [tasks.NAME] tables"])
         raise Refusal("no tasks to score", known, "name some, separated by commas: trimaran score RUN arithmetic")
     return settings
 
