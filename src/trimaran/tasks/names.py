@@ -14,6 +14,7 @@ TASKS: dict[str, str] = {
     "desk": "trimaran.tasks.desk:Desk",
     "gsm8k": "trimaran.tasks.gsm8k:Gsm8k",
     "gym": "trimaran.tasks.gym:Gym",
+    "l0": "trimaran.tasks.l0:L0",
     "maths": "trimaran.tasks.maths:Maths",
     "recall": "trimaran.tasks.recall:Recall",
     "sorting": "trimaran.tasks.sorting:Sorting",
