@@ -8,7 +8,7 @@ Every arm is a run of the real command, one thread. Texts: the interpreter's own
     extended   from base, stage "extend": rows of 128 and of 512 take turns, the learning rate stays at that tenth
     control    from base, the same stage, tokens, rate and texts of key recall for as many tokens, in rows of 128 alone
 
-Measured in each: key recall on 250 new problems at 128, 256 and 512 tokens, bits per byte of held-out packages in
+Measured in each: key recall on 1,000 new problems at 128, 256 and 512 tokens, bits per byte of held-out packages in
 rows of 128 and of 512, tokens of every step. Arms that are finished are not run again, nor measured. Writes
 results/long_context.json and .png.
 """
@@ -42,8 +42,8 @@ from trimaran.train.recipe import PretrainRecipe
 from trimaran.train.validate import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
-SHORT, LONG, LENGTHS, PROBLEMS = 128, 512, (128, 256, 512), 250
-STEPS, ROWS, PEAK = {"base": 900, "extended": 100, "control": 100}, 32, 9e-3
+SHORT, LONG, LENGTHS, PROBLEMS = 128, 512, (128, 256, 512), 1000
+STEPS, ROWS, PEAK = {"base": 1400, "extended": 100, "control": 100}, 32, 9e-3
 TEXT_BYTES, NAMES, VOCABULARY = 3_000_000, 24, 512
 ARCHITECTURE = {**MODEL, "mtp_pattern": "", "initializer_range": 0.05}
 NEAR = {"words": 80, "facts": 8, "repeats": 14, "varied": True, "names": NAMES}  # a row of 128 and a little more
