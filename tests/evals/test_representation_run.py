@@ -19,7 +19,8 @@ WORDS = ["lengths=[4,12]", "suffix=5", "samples=4", "period=3"]
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("run")
-    hub.save(tiny("everything", torch.float32, vocab_size=tokenizer.vocab_size), place)
+    with pytest.warns(UserWarning, match="opens in trimaran only"):
+        hub.save(tiny("everything", torch.float32, vocab_size=tokenizer.vocab_size), place)
     tokenizer.save(place)
     (place / "book.txt").write_text("\n".join(f"boat {number} and its hull" for number in range(200)))
     return place
@@ -36,7 +37,7 @@ def test_the_verb_prints_a_table_and_leaves_results_and_a_picture(folder, words,
     (home,) = (folder / "scores").glob("representation-*")
     document = json.loads((home / "results.json").read_text())
     assert document["layers"] == ["0 embedding", *(f"{n} {letter}" for n, letter in enumerate("M*EW-RE", 1))]
-    assert all(layer in out for layer in document["layers"]) and "trained with 4096 tokens" in out
+    assert all(layer in out for layer in document["layers"]) and "no recipe says" in out
     assert set(document["measured"]) == {"trained", "untrained"}
     for parts in document["measured"].values():
         assert set(parts) == {"text", "periodic", "noise"}
@@ -49,6 +50,10 @@ def test_the_verb_prints_a_table_and_leaves_results_and_a_picture(folder, words,
     assert same[0] == same[1]
     assert document["measured"]["trained"]["text"]["accs"] != document["measured"]["untrained"]["text"]["accs"]
     assert (home / "representation.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "recipe.toml").write_text('stage = "pretrain"\n[data]\nsequence_length = 64\n')
+    assert main(str(folder), words) == 0
+    (folder / "recipe.toml").unlink()
+    assert "trained on rows of 64 tokens" in capsys.readouterr().out
     assert main(str(folder), words, json=True) == 0
     assert json.loads(capsys.readouterr().out)["measured"] == document["measured"]
 

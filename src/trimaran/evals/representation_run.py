@@ -27,6 +27,7 @@ from trimaran.evals.records import digest_of, model_digest
 from trimaran.evals.representation import Similarity, layer_names, measure
 from trimaran.evals.representation_picture import picture
 from trimaran.evals.representation_texts import Source, compressed_shares, sequences, windows
+from trimaran.evals.suites import context_of
 from trimaran.model.hybrid import HybridModel, build
 from trimaran.report import Progress, environment, say
 
@@ -66,8 +67,8 @@ def main(target: str, overrides: Sequence[str] = (), json: bool = False) -> int:
     held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
     label = digest_of(settings=settings.model_dump(mode="json", exclude=APART), weights=model_digest(Path(target)))
     home = Path(target) / SCORES / f"representation-{label}"
-    document = {"model": target, **analysed(held, settings, home), "settings": config.plain(settings)}
-    document["made_on"] = environment()
+    document = {"model": target, "trained_length": context_of(target).trained, **analysed(held, settings, home)}
+    document |= {"settings": config.plain(settings), "made_on": environment()}
     write(home / RESULTS, document)
     picture(home / PICTURE, document)
     say(as_json.dumps(document, indent=1) if json else f"{table(document)}\nresults and picture in {home}")
@@ -75,8 +76,8 @@ def main(target: str, overrides: Sequence[str] = (), json: bool = False) -> int:
 
 
 def analysed(held: Folder, settings: RepresentationSettings, home: Path | None = None) -> dict[str, Any]:
-    """The layers, the length the model was trained at, and what was measured: by model ("trained", "untrained"), then
-    by source, as `summary` gives it. home: where each part is kept once it is there; None: nowhere."""
+    """The layers, the lengths, and what was measured: by model ("trained", "untrained"), then by source, as `summary`
+    gives it. home: where each part is kept once it is there; None: nowhere."""
     text_NT = windows(texts(settings), held.tokenizer, settings.samples, longest(settings), settings.seed)
     models: dict[str, Callable[[], HybridModel]] = {"trained": lambda: held.model}
     if settings.untrained:
@@ -96,7 +97,6 @@ def analysed(held: Folder, settings: RepresentationSettings, home: Path | None =
             read = sum(settings.lengths) + len(settings.lengths) * (settings.suffix + len(held.lead))
             progress.update(number, tokens=settings.samples * read * (1 + settings.shuffles))
     return {
-        "trained_length": held.model.config.max_position_embeddings,
         "layers": layer_names(held.model),
         "lengths": list(settings.lengths),
         "measured": found,
@@ -169,7 +169,8 @@ def table(document: dict[str, Any]) -> str:
         lines.append(f"{layer:<14}" + "".join(f"{value:>20.3f}" for value in values))
     shares = [document["measured"][name][source]["compressed"][-1] for name, source in columns]
     lines.append(f"{'LZMA ratio':<14}" + "".join(f"{share:>20.3f}" for share in shares))
-    lines.append(f"trained with {document['trained_length']} tokens in a row")
+    trained = document["trained_length"]
+    lines.append(f"trained on rows of {trained} tokens" if trained else "no recipe says how long rows in training were")
     return "\n".join(lines)
 
 
