@@ -17,6 +17,11 @@ TASKS: dict[str, str] = {
     "l0": "trimaran.tasks.l0:L0",
     "maths": "trimaran.tasks.maths:Maths",
     "recall": "trimaran.tasks.recall:Recall",
+    "ruler_common": "trimaran.tasks.ruler_words:Common",
+    "ruler_frequent": "trimaran.tasks.ruler_words:Frequent",
+    "ruler_niah": "trimaran.tasks.ruler_niah:Niah",
+    "ruler_qa": "trimaran.tasks.ruler_qa:Qa",
+    "ruler_tracing": "trimaran.tasks.ruler_tracing:Tracing",
     "sorting": "trimaran.tasks.sorting:Sorting",
     "transforms": "trimaran.tasks.transforms:Transforms",
 }
