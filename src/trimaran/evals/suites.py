@@ -24,7 +24,7 @@ from trimaran.tasks.task import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUITES: dict[str, str] = {"l0": "trimaran.evals.l0:L0Bench"}
+SUITES: dict[str, str] = {"l0": "trimaran.evals.l0:L0Bench", "ruler": "trimaran.evals.ruler:Ruler"}
 ANALYSES: dict[str, str] = {"representation": "trimaran.evals.representation_run:main"}  # main(target, overrides, json)
 
 
