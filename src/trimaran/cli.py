@@ -150,7 +150,10 @@ VERBS: dict[str, Verb] = {
         target="FOLDER",
         args=("TASKS",),
         flags={"json": "Print one JSON document instead.", "compare": "Compare two folders' scores, with intervals."},
-        options={"lengths": Option("N,...", "Lengths of a suite's problems in tokens, such as 4k,8k,1M.")},
+        options={
+            "lengths": Option("N,...", "Lengths of a suite's problems in tokens, such as 4k,8k,1M."),
+            "endpoint": Option("URL", "Ask a server of OpenAI's protocol; FOLDER takes the records."),
+        },
     ),
     "convert": Verb(
         "trimaran.cli:convert",

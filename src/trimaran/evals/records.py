@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimaran.errors import writing
+from trimaran.evals.endpoint import Answered
 from trimaran.evals.play import Played
 from trimaran.tasks.task import Task
 
@@ -56,7 +57,7 @@ def line_of(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def record_of(played: Played, mode: str) -> dict[str, Any]:
+def record_of(played: Played | Answered, mode: str) -> dict[str, Any]:
     """An episode as JSON: the prompt, all that was said after it, the scores or the traceback."""
     prompt, conversation, outputs = played.prompt, played.conversation, played.outputs
     record = {
@@ -72,7 +73,8 @@ def record_of(played: Played, mode: str) -> dict[str, Any]:
         "messages": conversation.messages[len(prompt.messages) :],
         "error": played.error,
     }
-    return record | ({"logprobs": [output.logprobs for output in outputs]} if outputs[0].logprobs is not None else {})
+    asked = outputs and outputs[0].logprobs is not None
+    return record | ({"logprobs": [output.logprobs for output in outputs]} if asked else {})
 
 
 def digest_of(**parts: Any) -> str:

@@ -23,7 +23,8 @@ from trimaran.config import Settings
 from trimaran.engine.engine import Engine
 from trimaran.engine.folder import FolderSettings, open_folder
 from trimaran.engine.request import EngineSettings
-from trimaran.errors import Refusal, writing
+from trimaran.errors import Refusal, nearest_first, writing
+from trimaran.evals.endpoint import Endpoint, EndpointSettings
 from trimaran.evals.play import Group, Player, PlaySettings
 from trimaran.evals.records import Key, Records, digest_of, model_digest, record_of, source_of
 from trimaran.evals.suites import ANALYSES, SUITES, Result, Suite, context_of, lengths_of, suite
@@ -36,7 +37,16 @@ from trimaran.tasks.task import Split, Task
 from trimaran.train.folder import locked
 
 SCORES, RECORDS, RESULTS = "scores", "records.jsonl", "results.json"
-COUNTS = {"n", "samples", "greedy", "tasks", "suites", "engine", "device"}  # settings that no single episode depends on
+COUNTS = {
+    "n",
+    "samples",
+    "greedy",
+    "tasks",
+    "suites",
+    "engine",
+    "device",
+    "endpoint",
+}  # settings that no single episode depends on
 
 
 class Subject(Settings):
@@ -59,6 +69,7 @@ class ScoreSettings(PlaySettings):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     engine: EngineSettings = EngineSettings()
+    endpoint: EndpointSettings | None = None  # a server to ask instead of the folder's own model
 
     def open(self) -> dict[str, Task]:
         """The tasks by their names here. Raises Refusal for those that do not exist or cannot be trusted."""
@@ -88,9 +99,10 @@ class Place:
 
 
 def score(
-    engine: Engine, tasks: Mapping[str, Task], settings: ScoreSettings, folder: Path | None = None
+    engine: Engine | Endpoint, tasks: Mapping[str, Task], settings: ScoreSettings, folder: Path | None = None
 ) -> dict[str, Score]:
-    """Scores the engine's model on `tasks`; `settings.tasks`, `device`, `dtype` and `engine` are not looked at.
+    """Scores the engine's or a server's model on `tasks`. What `settings` say of tasks, suites, device, dtype, engine
+    and endpoint is not looked at.
 
     folder: where records go, a folder per task, and where those of an earlier call are taken up; None: nowhere.
     """
@@ -113,7 +125,7 @@ def keys(task: Task, settings: ScoreSettings) -> list[Key]:
 
 
 def play_missing(
-    engine: Engine,
+    engine: Engine | Endpoint,
     tasks: Mapping[str, Task],
     settings: ScoreSettings,
     wanted: Mapping[str, Sequence[Key]],
@@ -134,7 +146,8 @@ def play_missing(
 
     total, left = sum(map(len, wanted.values())), sum(map(len, missing.values()))
     with Progress(total, start=total - left, label="score") as progress:
-        for played in Player(engine).play(groups()):
+        player = Player(engine) if isinstance(engine, Engine) else engine
+        for played in player.play(groups()):
             place = places[played.group]
             if (place.mode, played.prompt.number, played.sample) in missing[place.task]:
                 records[place.task].add(record_of(played, place.mode))
@@ -149,13 +162,17 @@ def main(
     json: bool = False,
     compare: bool = False,
     lengths: str | None = None,
+    endpoint: str | None = None,
 ) -> int:
     """Scores a folder's model, prints a table (or one JSON document), and returns 1 where episodes failed."""
+    if endpoint is not None:
+        overrides = [f"endpoint.url={as_json.dumps(endpoint)}", *overrides]
     if compare:
         return compared(target, tasks, overrides, lengths, json)
     if tasks in ANALYSES:
-        if lengths is not None:
-            raise Refusal(f"--lengths for {tasks}", "a suite of several lengths", f"{tasks} lengths=[...]")
+        for flag, given in (("--endpoint", endpoint), ("--lengths", lengths)):
+            if given is not None:
+                raise Refusal(f"{flag} for {tasks}", "a folder's own model, and settings", f"leave out {flag}")
         return int(config.imported(ANALYSES[tasks])(target, overrides, json))
     settings = settings_of(tasks, overrides, lengths)
     bench = Bench(target, settings)
@@ -191,12 +208,17 @@ class Bench:
         for name, values in settings.suites.items():
             suite(name, values)
         settings.modes()
+        self.target, self.settings, self.failed = target, settings, 0
+        self.home = Path(target) / SCORES
+        self.engine: Engine | Endpoint
+        if settings.endpoint is not None:
+            self.engine = Endpoint(settings.endpoint)
+            self.weights = f"{settings.endpoint.url} {self.engine.model}"  # nobody can look at a server's weights
+            return
         held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
         if held.base:
             put(sys.stderr, f"{target} is a base model ({held.base}): nobody has taught it to answer.\n")
-        self.target, self.settings, self.failed = target, settings, 0
-        self.engine = Engine(held.model, held.tokenizer, settings.engine)
-        self.home, self.weights = Path(target) / SCORES, model_digest(Path(target))
+        self.engine, self.weights = Engine(held.model, held.tokenizer, settings.engine), model_digest(Path(target))
 
     def document(self) -> dict[str, Any]:
         return {"model": self.target, "settings": config.plain(self.settings), "made_on": environment()}
@@ -249,12 +271,18 @@ class Bench:
 
 def settings_of(tasks: str | None, overrides: Sequence[str], lengths: str | None = None) -> ScoreSettings:
     """Settings from a TOML file, or from a list of names; `overrides` laid over it."""
+    known = [*sorted(names.TASKS.keys() - SUITES.keys()), *SUITES, *ANALYSES]
     if tasks is not None and tasks.endswith(".toml"):
         if lengths is not None:
             raise Refusal("--lengths with a TOML file", "lengths in its [suites.NAME]", "write them there")
         settings = config.load(ScoreSettings, tasks, overrides)
     else:
         named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        for name in named:
+            if ":" not in name and name not in names.TASKS and name not in SUITES:
+                near = [one for one in nearest_first(name, known) if one not in ANALYSES or len(named) == 1]
+                found = f"{name!r} beside others" if name in ANALYSES else f"unknown task {name!r}"
+                raise Refusal(found, ", ".join([*near, "package.module:Class"]), f"did you mean {near[0]!r}?")
         plain = [name for name in named if name not in SUITES]
         tables: dict[str, dict[str, Any]] = {"tasks": {name.rpartition(":")[2]: {"task": name} for name in plain}}
         tables["suites"] = {name: {} for name in named if name in SUITES}
@@ -264,9 +292,8 @@ def settings_of(tasks: str | None, overrides: Sequence[str], lengths: str | None
             tables["suites"] = {name: {"lengths": lengths_of(lengths)} for name in tables["suites"]}
         settings = ScoreSettings(**config.override(tables, overrides))
     if not settings.tasks and not settings.suites:
-        ours = [*sorted(names.TASKS), *SUITES, *ANALYSES]
-        known = ", ".join([*ours, "package.module:Class", "a TOML file with [tasks.NAME] tables"])
-        raise Refusal("no tasks to score", known, "name some, separated by commas: trimaran score RUN arithmetic")
+        allowed = ", ".join([*known, "package.module:Class", "a TOML file with [tasks.NAME] tables"])
+        raise Refusal("no tasks to score", allowed, "name some, separated by commas: trimaran score RUN arithmetic")
     return settings
 
 
