@@ -47,4 +47,5 @@ def question(program: str | None, call: str, shown: Sequence[Shown], form: int) 
 
 
 def fenced(lines: Sequence[str]) -> str:
+    """Lines between two fences."""
     return "\n".join(["```", *lines, "```"])
