@@ -161,6 +161,13 @@ def test_settings_that_are_refused(settings, said):
         suite("l0", settings)
 
 
+def test_without_a_tokenizer_the_length_of_answers_has_to_be_said(tmp_path):
+    with pytest.raises(Refusal, match="no tokenizer"):
+        L0Bench(bins=[13], task=SMALL).rows(Context(str(tmp_path)))
+    rows = L0Bench(bins=[13], task=SMALL, max_tokens=77).rows(Context(str(tmp_path)))
+    assert rows["steps-13"].play["max_tokens"] == 77
+
+
 def test_rows_that_no_program_meets_are_refused_before_anything_runs(folder):
     with pytest.raises(Refusal, match="lines"):
         L0Bench(bins=[13], task=L0(lines=(60, 90))).rows(Context(folder))

@@ -10,6 +10,7 @@ every row has) and budgets (a longer thought). Figures are in `l0_figures`, the 
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -31,7 +32,8 @@ PROBED, MARGIN = 8, 1.5  # traces that are measured; how much longer than the lo
 class L0Bench(Suite):
     """bins: mean steps of each bin; task: settings of all rows. demonstrations, lines, depths, lists, budgets: the
     axes, values to try at `at` steps; budgets are tokens of the thought. votes: how many samples vote. thinking:
-    whether answers may begin with a thought, which has room for 20 times the trace (the published bound).
+    whether answers may begin with a thought, which has room for 20 times the trace (the published bound). max_tokens:
+    of each answer; None: told from the rows' traces by the folder's tokenizer.
     """
 
     name: ClassVar[str] = "l0"
@@ -45,6 +47,7 @@ class L0Bench(Suite):
     budgets: tuple[int, ...] = ()
     votes: tuple[int, ...] = (1, 5, 15, 31)
     thinking: bool = False
+    max_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _budgets_are_of_thoughts(self) -> "L0Bench":
@@ -82,11 +85,12 @@ class L0Bench(Suite):
 
     def rows(self, context: Context) -> Mapping[str, Row]:
         """Raises Refusal for a folder without a tokenizer, and for settings that no program meets."""
-        tokenizer = Tokenizer.load(context.folder)
+        tokenizer = None if self.max_tokens else tokenizer_of(context.folder)
+        times = THOUGHT if self.thinking else 1
         found = {}
         for _, _, name, row in self.places():
             if name not in found:
-                tokens = longest(tokenizer, row.task) * (THOUGHT if self.thinking else 1) + SLACK
+                tokens = self.max_tokens if tokenizer is None else longest(tokenizer, row.task) * times + SLACK
                 found[name] = Row(row.task, {**row.play, "max_tokens": tokens})
         return found
 
@@ -103,6 +107,14 @@ class L0Bench(Suite):
 
 def written(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def tokenizer_of(folder: str) -> Tokenizer:
+    """Raises Refusal where there is none, as may be beside a model that a server holds."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        allowed = "a folder with a tokenizer, or suites.l0.max_tokens"
+        raise Refusal(f"no tokenizer.json in {folder}", allowed, "say suites.l0.max_tokens=2000")
+    return Tokenizer.load(folder)
 
 
 def longest(tokenizer: Tokenizer, task: Task) -> int:
