@@ -1,6 +1,7 @@
 """The law against transformers' own processors, and draws that follow it."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -96,6 +97,31 @@ def test_a_token_without_mass_is_never_drawn():
         law = torch.rand(1, size, generator=torch.Generator().manual_seed(size)).softmax(-1)
         law[:, -1] = 0
         assert draw(law, [1 - 2.0**-52]).item() < size - 1
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e300},
+        {"top_p": 5e-324},
+        {"min_p": 5e-324},
+        {"repetition_penalty": 0.01, "temperature": 1e-38},
+        {"repetition_penalty": 100.0, "temperature": 1e-38},
+    ],
+)
+def test_extreme_settings_choose_tokens_that_exist(extreme):
+    model = tiny("latent", torch.float32, vocab_size=7)
+    one = Sampling(max_tokens=6, logprobs=True, ignore_eos=True, seed=1, **extreme)
+    (output,) = generate(model, [[3, 4, 5]], one)
+    assert len(output.tokens) == 6 and all(0 <= token < 7 for token in output.tokens)
+    assert all(math.isfinite(value) for value in output.logprobs)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 0.001, 1e4, 1e308, math.inf, math.nan])
+def test_a_penalty_that_overflows_is_refused(penalty):
+    with pytest.raises(Refusal, match="repetition_penalty"):
+        Sampling(repetition_penalty=penalty)
 
 
 def test_samples_follow_the_joint_law_of_two_tokens():

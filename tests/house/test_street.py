@@ -22,7 +22,7 @@ BROAD_BOUNDARIES = {
     "text/tokenizer.py:backend_of": "the tokenizers library raises plain Exception for a bad file",
     "engine/fenced.py:_ask": "a guide that breaks ends its own request, whatever it raises",
     "engine/runner.py:_pass": "what goes wrong in a pass goes to whoever asked for what was in it, and to nobody else",
-    "evals/play.py:_turn": "a task that breaks ends its own episode: recorded with its traceback, and never a score",
+    "evals/play.py:guarded": "a task that breaks ends its own episode: recorded with its traceback, and never a score",
     "serve/stream.py:events": "a stream's status has gone out: the client is told in an event, the log has the rest",
 }
 ATTICS = {"utils", "util", "common", "helpers", "helper", "misc", "base"}

@@ -85,7 +85,7 @@ def test_this_cpu_has_measured_figures():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_real_measurement(capsys, tmp_path):
     """Two processes on this machine; the plan made with the figures is of plausible size."""
     path = tmp_path / "mine.json"

@@ -43,6 +43,7 @@ BAD: dict[str, tuple[str, object]] = {
         b'{"type":"object","properties":{"a":{"type":"number","minimum":NaN}}}}}]}',
     ),
     "top_p of nothing": (CHAT, {**MESSAGES, "top_p": 0}),
+    "a penalty next to nothing": (CHAT, {**MESSAGES, "repetition_penalty": 5e-324, "logprobs": True}),
     "negative seed": (CHAT, {**MESSAGES, "seed": -3}),
     "negative top_k": (CHAT, {**MESSAGES, "top_k": -2}),
     "no messages": (CHAT, {"messages": []}),

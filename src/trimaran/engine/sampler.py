@@ -34,7 +34,7 @@ class Sampling(Settings):
     top_k: int = Field(0, ge=0)  # 0: all
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)  # far beyond, logits overflow
     max_tokens: int = Field(256, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts before which the output ends
     stop_ids: tuple[int, ...] = ()  # tokens that end it, besides the model's own

@@ -13,15 +13,16 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from trimaran.config import Settings
 from trimaran.errors import Refusal
-from trimaran.evals.play import Group, PlaySettings, scores_of, seed_of
-from trimaran.tasks.episode import Said, episode
-from trimaran.tasks.task import Message, Prompt, Trace
+from trimaran.evals.play import Group, PlaySettings, guarded, judged, seed_of
+from trimaran.tasks.episode import Episode, Said, episode
+from trimaran.tasks.task import Message, Prompt, Task, Trace
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -111,21 +112,22 @@ class Endpoint:
                     future.cancel()
 
     def episode(self, place: int, group: Group, sample: int) -> Answered:
-        """One episode. The boundary between a server's or a task's failure and everybody else's episodes."""
-        heard = Heard()
-        try:
-            course = episode(group.task, group.prompt, group.settings.turns)
-            said = None
-            while True:
-                try:
-                    heard.messages += next(course) if said is None else course.send(said)
-                except StopIteration as over:
-                    trace: Trace = over.value
-                    return Answered(place, sample, group.prompt, heard, trace, scores_of(group.task, trace))
+        """One episode. What fails, at the server or in the task's code, ends this one alone."""
+        from openai import OpenAIError
+
+        heard, said = Heard(), None
+        course = episode(group.task, group.prompt, group.settings.turns)
+        while True:
+            found, error = guarded(partial(step, course, said, heard, group.task))
+            if error is not None:
+                return Answered(place, sample, group.prompt, heard, error=error)
+            if found is not None:
+                return Answered(place, sample, group.prompt, heard, *found)
+            try:
                 said = self.answer(group, sample, heard)
-                heard.messages.append(said.message)
-        except Exception:
-            return Answered(place, sample, group.prompt, heard, error=traceback.format_exc())
+            except OpenAIError:
+                return Answered(place, sample, group.prompt, heard, error=traceback.format_exc())
+            heard.messages.append(said.message)
 
     def answer(self, group: Group, sample: int, heard: Heard) -> Said:
         """The next answer of a conversation."""
@@ -138,6 +140,15 @@ class Endpoint:
             details = usage.completion_tokens_details
             heard.thought_tokens += (details.reasoning_tokens or 0) if details is not None else 0
         return Said(message_of(choice.message.model_dump(exclude_none=True)), cut=choice.finish_reason == "length")
+
+
+def step(course: Episode, said: Said | None, heard: Heard, task: Task) -> tuple[Trace, dict[str, float]] | None:
+    """Hears what the task says next; the episode's end and its scores, where it says nothing more."""
+    try:
+        heard.messages += next(course) if said is None else course.send(said)
+    except StopIteration as over:
+        return judged(task, over.value)
+    return None
 
 
 def client_of(settings: EndpointSettings) -> "OpenAI":

@@ -12,12 +12,12 @@ nor on the order. The answers of one sample are the same however many samples a 
 """
 
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from math import isfinite
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,7 @@ from trimaran.tasks.task import REWARD, Prompt, Task, Trace
 from trimaran.text.conversation import Conversation, check_template
 from trimaran.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 AHEAD = 2  # episodes under way, in rows of the engine: enough for no row to stay empty
 
 
@@ -200,12 +201,24 @@ class Player:
         return None
 
     def _turn(self, live: Live, output: Output) -> Played | None:
-        """The boundary between a task's code and everybody else's episodes."""
-        try:
-            trace = live.turn(output)
-            return None if trace is None else live.over(trace, scores_of(live.group.task, trace))
-        except Exception:
-            return live.over(None, {}, traceback.format_exc())
+        """The episode, where the answer was its last."""
+        found, error = guarded(lambda: judged(live.group.task, live.turn(output)))
+        if error is not None:
+            return live.over(None, {}, error)
+        return None if found is None else live.over(*found)
+
+
+def guarded(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What a task's code gives, or its traceback: the boundary between that code and everybody else's episodes."""
+    try:
+        return work(), None
+    except Exception:
+        return None, traceback.format_exc()
+
+
+def judged(task: Task, trace: Trace | None) -> tuple[Trace, dict[str, float]] | None:
+    """An episode's end and its scores, where it has ended."""
+    return None if trace is None else (trace, scores_of(task, trace))
 
 
 def scores_of(task: Task, trace: Trace) -> dict[str, float]:

@@ -33,7 +33,7 @@ REPEATS, WARM = 7, 2
 SIDES = (256, 384, 512, 768, 1024)  # of square products
 SIZES = tuple(4**power for power in range(4, 13))  # bytes of messages: 256 B to 16 MiB
 SCAN_OPERATIONS = 85  # operations per chunk of the reference scan, counted (forward)
-PATIENCE = 300  # seconds for all of it
+PATIENCE = 900  # seconds for all of it, on a busy machine
 
 
 def measure(processes: int, precision: Precision = "fp32") -> Hardware:

@@ -192,7 +192,7 @@ class Generation(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0, -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     n: Annotated[int, Field(ge=1, le=2**31)] | None = None
     stop: Texts | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
