@@ -18,8 +18,10 @@ import torch
 from life import run
 
 from trimaran import config
-from trimaran.engine.folder import FolderSettings, open_folder
-from trimaran.evals.representation_run import RepresentationSettings, analysed
+from trimaran.engine.folder import Folder, FolderSettings, open_folder
+from trimaran.evals.representation import measure
+from trimaran.evals.representation_run import RepresentationSettings, analysed, texts
+from trimaran.evals.representation_texts import windows
 from trimaran.report import environment
 from trimaran.train.recipe import PretrainRecipe
 
@@ -35,7 +37,7 @@ SIZES = {
     "n_groups": 1,
     "chunk_size": 64,
 }
-MODELS = {  # the feed-forward width makes up for what an attention layer is smaller
+MODELS: dict[str, dict[str, Any]] = {  # the feed-forward width makes up for what an attention layer is smaller
     "mamba": {"pattern": "M-M-M-M-", "intermediate_size": 192},
     "attention": {"pattern": "R-R-R-R-", "intermediate_size": 330},
     "hybrid": {"pattern": "M-R-M-R-", "intermediate_size": 261},
@@ -53,6 +55,7 @@ TRAIN = {
     "eval_tokens": 40_000,
 }
 ANALYSIS = RepresentationSettings(lengths=(16, 32, 64, 128, 256, 512), suffix=16, samples=32, shuffles=2)
+SUFFIX, NEAR = 32, 4  # of the look at places: prefix and suffix together are as long as a row in training
 INK = {"mamba": "#2a6f97", "hybrid": "#7d5ba6", "attention": "#d1603d"}
 
 
@@ -95,17 +98,46 @@ def measured(name: str, seed: int, folder: Path) -> dict[str, Any]:
     found = analysed(held, ANALYSIS, folder / "representation")
     print(name, seed, f"held-out loss {result['held_out_loss']:.3f}", flush=True)
     parameters = sum(tensor.numel() for tensor in held.model.parameters())
-    return {"held_out_loss": result["held_out_loss"], "cpu_s": result["cpu_s"], "parameters": parameters, **found}
+    about = {"held_out_loss": result["held_out_loss"], "cpu_s": result["cpu_s"], "parameters": parameters}
+    about |= {"places": [round(value, 4) for value in places(held, folder / "representation" / "places.json")]}
+    return {**about, "measured": {state: short(parts) for state, parts in found["measured"].items()}}
+
+
+def short(parts: dict[str, Any]) -> dict[str, Any]:
+    """By source, by prefix length, then by layer, in four digits; the rest follows from these."""
+    kept = ("accs", "scaled")
+    lists = {source: {key: rounded(part[key]) for key in kept} for source, part in parts.items()}
+    return {source: {**lists[source], "compressed": rounded([part["compressed"]])[0]} for source, part in parts.items()}
+
+
+def rounded(rows: list[list[float]]) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in rows]
+
+
+def places(held: Folder, kept: Path) -> list[float]:
+    """Scaled ACCS of the last layer at each place of a long suffix, text alone."""
+    if not kept.exists():
+        text_NT = windows(texts(ANALYSIS), held.tokenizer, ANALYSIS.samples, LENGTH - len(held.lead), ANALYSIS.seed)
+        prefix = LENGTH - SUFFIX - len(held.lead)
+        found = measure(held.model, torch.from_numpy(text_NT), [prefix], SUFFIX, lead=held.lead, shuffles=2)
+        aniso = found.aniso_PL[0, -1]
+        scaled_S = (found.self_PNLS[0, :, -1].mean(0) - aniso) / (1 - aniso)
+        kept.write_text(json.dumps(scaled_S.tolist()), encoding="utf-8")
+    of_places: list[float] = json.loads(kept.read_text(encoding="utf-8"))
+    return of_places
 
 
 def summary(each: dict[str, Any]) -> dict[str, Any]:
     """By model, state (trained or not) and source: mean, lowest and highest seed of ACCS, of the last layer after every
-    prefix (`by_length`, and `scaled`) and of every layer after a prefix as long as training rows (`by_layer`)."""
+    prefix (`by_length`, and `scaled`) and of every layer after a prefix as long as training rows (`by_layer`); scaled
+    ACCS of the first places of a long suffix (`near`) and of its latter half (`far`)."""
     place = ANALYSIS.lengths.index(LENGTH)
     found: dict[str, Any] = {}
     for name, seeds in each.items():
         losses = spread([one["held_out_loss"] for one in seeds.values()])
         found[name] = {"held_out_loss": losses, "parameters": next(iter(seeds.values()))["parameters"]}
+        found[name]["near"] = spread([statistics.mean(one["places"][:NEAR]) for one in seeds.values()])
+        found[name]["far"] = spread([statistics.mean(one["places"][SUFFIX // 2 :]) for one in seeds.values()])
         for state in ("trained", "untrained"):
             for source in ANALYSIS.sources:
                 parts = [one["measured"][state][source] for one in seeds.values()]
@@ -126,14 +158,15 @@ def spread(values: list[float]) -> list[float]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Last layer, text: scaled ACCS after every prefix, mean and range over seeds."""
-    lines = ["| model | held-out loss | " + " | ".join(map(str, ANALYSIS.lengths)) + " |"]
-    lines.append("|---" * (2 + len(ANALYSIS.lengths)) + "|")
+    """Last layer, text: scaled ACCS after every prefix, near to it and far from it, mean and range over seeds."""
+    lines = ["| model | held-out loss | " + " | ".join(map(str, ANALYSIS.lengths)) + " | near | far |"]
+    lines.append("|---" * (4 + len(ANALYSIS.lengths)) + "|")
     for name, one in document["summary"].items():
         for state in ("trained", "untrained"):
             loss = "{:.3f}".format(*one["held_out_loss"]) if state == "trained" else ""
-            cells = ["{:.3f} ({:.3f}-{:.3f})".format(*values) for values in one[f"{state} text"]["scaled"]]
-            lines.append(f"| {name}, {state} | {loss} | " + " | ".join(cells) + " |")
+            shown = [*one[f"{state} text"]["scaled"], *([one["near"], one["far"]] if state == "trained" else [])]
+            cells = ["{:.3f} ({:.3f}-{:.3f})".format(*values) for values in shown]
+            lines.append(f"| {name}, {state} | {loss} | " + " | ".join(cells) + " |" * (1 if state == "trained" else 3))
     return "\n".join(lines)
 
 
