@@ -21,6 +21,12 @@ class Deep(Word):
     """Has problems only where they fit."""
 
     length: int = 4
+    leaks: bool = False  # whether problem 1 breaks it
+
+    def score(self, trace):
+        if self.leaks and trace.prompt.number == 1:
+            raise ZeroDivisionError("a hole below the waterline")
+        return super().score(trace)
 
     def prompt(self, number, split="train"):
         if self.length < 4:
@@ -33,9 +39,11 @@ class Harbour(Suite):
 
     name: ClassVar[str] = "harbour"
     lengths: tuple[int, ...] = (4,)
+    leaks: bool = False
 
     def rows(self, context):
-        return {str(length): Row(Deep(length=length), {"max_tokens": length, "samples": 0}) for length in self.lengths}
+        tasks = {str(length): Deep(length=length, leaks=self.leaks) for length in self.lengths}
+        return {name: Row(task, {"max_tokens": task.length, "samples": 0}) for name, task in tasks.items()}
 
     def report(self, context, results):
         faults = [name for name, one in results.items() if one.fault is not None]
@@ -80,6 +88,14 @@ def test_the_same_command_again_plays_nothing(model, tokenizer, tmp_path, harbou
     assert first and main(str(folder), words, "harbour") == 0
     assert first == {path: path.read_bytes() for path in folder.glob("scores/*/records.jsonl")}
     assert "harbour: 1 rows" in capsys.readouterr().out
+
+
+def test_episodes_that_failed_are_counted_and_left_out(model, tokenizer, tmp_path, harbour, capsys):
+    folder = saved(model, tokenizer, tmp_path / "run")
+    words = ["n=3", "dtype=float64", "engine.memory_bytes=16777216", "suites.harbour.leaks=true"]
+    assert main(str(folder), words, "harbour", json=True) == 1
+    found = json.loads(capsys.readouterr().out)["suites"]["harbour"]
+    assert found["rows"]["4"]["greedy"]["failed"] == 1 and found["rows"]["4"]["greedy"]["n"] == 2
 
 
 @pytest.mark.parametrize(

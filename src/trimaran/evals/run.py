@@ -256,7 +256,7 @@ class Bench:
                 self.failed += 1
                 continue
             kept = Records(self.home / label / RECORDS).known
-            results[name] = Result(found, [kept[key] for key in keys(row.task, settings)])
+            results[name] = Result(found, [kept[key] for key in keys(row.task, settings) if key in kept])
             told[name] = self.written(f"{asked.name}-{name}", row.task, settings, found)
             self.failed += found.failed
         report = asked.report(context, results)

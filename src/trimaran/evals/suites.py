@@ -47,7 +47,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row: a score and its records, or the fault for which it has none."""
+    """What became of a row: a score and the records of its episodes that did not fail, or the fault for which it has
+    none."""
 
     score: Score | None
     records: Sequence[Record] = ()
