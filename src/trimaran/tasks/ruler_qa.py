@@ -12,7 +12,7 @@ these come from; `squad` asks for one fact, `hotpot` for two that hang together.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
@@ -47,10 +47,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Collection:
-    """The questions of a file and all its paragraphs."""
+    """The questions of a file and all its paragraphs; places: of each split's questions among them."""
 
     questions: tuple[Question, ...]
     paragraphs: tuple[str, ...]
+
+    @cached_property
+    def places(self) -> Mapping[Split, list[int]]:
+        found: dict[Split, list[int]] = {"train": [], "held_out": []}
+        for place, one in enumerate(self.questions):
+            found[split_of(f"question {one.text}")].append(place)
+        return found
 
 
 class Qa(Ruler):
@@ -72,16 +79,12 @@ class Qa(Ruler):
         return collection(self.file, self.form)
 
     def size(self, split: Split = "train") -> int | None:
-        return None if self.file is None else len(self.of_split(split))
-
-    def of_split(self, split: Split) -> list[int]:
-        """Places of a split's questions in the file."""
-        return places(self.collection.questions, split)
+        return None if self.file is None else len(self.collection.places[split])
 
     def drawn(self, number: int, split: Split) -> dict[str, Any]:
         if self.file is None:
             return super().drawn(number, split)
-        found = self.of_split(split)
+        found = self.collection.places[split]
         if not found:
             raise Refusal(f"{self.file} has no question of the split {split}", "more questions", "give a longer file")
         question = self.collection.questions[found[number % len(found)]]
@@ -183,11 +186,6 @@ def collection(file: Path, form: Form) -> Collection:
     if not found.questions:
         raise Refusal(f"{file} has no question with an answer", f"a JSON file of the {form} form", "give another")
     return found
-
-
-@lru_cache(maxsize=8)
-def places(questions: tuple[Question, ...], split: Split) -> list[int]:
-    return [place for place, one in enumerate(questions) if split_of(f"question {one.text}") == split]
 
 
 def squad(read: Mapping[str, Any]) -> Collection:
