@@ -13,6 +13,22 @@ import pytest
 from tests.parallel import ranks
 
 CASES = ranks.cases()
+# Of three axes, or second ones of a kind on four ranks: seconds each, since four processes share two cores.
+SLOW = (
+    "checkpoint of fsdp x ep",
+    "drawn apart by 4",
+    "fsdp x tp on the sphere",
+    "fsdp x tp x ep",
+    "muon over cp x pp",
+    "muon over fsdp x ep",
+    "stages cut too",
+    "tp x cp x ep",
+)
+
+
+def listed() -> list[object]:
+    assert set(SLOW) <= CASES.keys()
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +59,7 @@ def run(selected: set[str], folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(1200)  # of the first case, which waits for all
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", listed())
 def test_case(name: str, verdicts: dict[str, str]) -> None:
     if verdicts[name]:
         pytest.fail(verdicts[name], pytrace=False)
