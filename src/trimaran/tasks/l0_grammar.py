@@ -12,11 +12,14 @@ crash and are drawn anew. Loops without an end, which the published generator pr
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 from trimaran.tasks.l0_trace import Value
+
+T = TypeVar("T")
 
 NUMBERS_IN = ("x", "y", "z", "u", "v", "w")
 TRUTHS_IN = ("cond_x", "cond_y", "cond_z")
@@ -52,13 +55,31 @@ class Program:
         return "\n".join(f"L{place} {line}" for place, line in enumerate(self.source.split("\n"), start=1))
 
 
+class Dice:
+    """Draws by `Random.random` alone: its sequence is what Python promises to keep from version to version."""
+
+    def __init__(self, random: Random):
+        self.roll = random.random
+
+    def below(self, end: int) -> int:
+        return int(self.roll() * end)
+
+    def one(self, options: Sequence[T]) -> T:
+        return options[int(self.roll() * len(options))]
+
+    def some(self, options: Sequence[T], least: int = 1) -> list[T]:
+        """From `least` to all of the options, in any order."""
+        left = list(options)
+        return [left.pop(self.below(len(left))) for _ in range(least + self.below(len(left) + 1 - least))]
+
+
 class TooLong(Exception):
     """More lines than allowed: the program is given up at once."""
 
 
 def program(random: Random, shape: Shape) -> Program | None:
     """A program, or None for a draw that is too short or too long. It may still crash."""
-    writer = Writer(random, shape)
+    writer = Writer(Dice(random), shape)
     try:
         for _ in range(int(FIXED * shape.lines[0])):
             writer.statement(1)
@@ -76,12 +97,14 @@ def program(random: Random, shape: Shape) -> Program | None:
 def inputs(random: Random, parameters: tuple[str, ...], shape: Shape) -> dict[str, Value]:
     """Values to call a program with."""
 
+    dice, (least, most) = Dice(random), shape.lists
+
     def value(name: str) -> Value:
         if name in TRUTHS_IN:
-            return random.random() < 0.5
+            return dice.roll() < 0.5
         if name in LISTS_IN:
-            return [random.randrange(shape.numbers) for _ in range(random.randint(*shape.lists))]
-        return random.randrange(shape.numbers)
+            return [dice.below(shape.numbers) for _ in range(least + dice.below(most + 1 - least))]
+        return dice.below(shape.numbers)
 
     return {name: value(name) for name in parameters}
 
@@ -89,12 +112,12 @@ def inputs(random: Random, parameters: tuple[str, ...], shape: Shape) -> dict[st
 class Writer:
     """Writes the lines of one program; knows which names have been written."""
 
-    def __init__(self, random: Random, shape: Shape):
-        self.random, self.shape = random, shape
+    def __init__(self, dice: Dice, shape: Shape):
+        self.dice, self.shape = dice, shape
         self.lines: list[str] = []
-        self.numbers = random.sample(NUMBERS_IN, random.randint(1, len(NUMBERS_IN)))
-        self.lists = random.sample(LISTS_IN, random.randint(2, len(LISTS_IN)))
-        self.truths = random.sample(TRUTHS_IN, random.randint(1, len(TRUTHS_IN)))
+        self.numbers = dice.some(NUMBERS_IN)
+        self.lists = dice.some(LISTS_IN, 2)
+        self.truths = dice.some(TRUTHS_IN)
         self.parameters = (*self.numbers, *self.lists, *self.truths)
         self.around: list[str] = []  # conditions of the loops that this line is in
 
@@ -105,36 +128,36 @@ class Writer:
 
     def statements(self, indent: int) -> None:
         self.statement(indent)
-        while self.random.random() < 0.5:
+        while self.dice.roll() < 0.5:
             self.statement(indent)
 
     def statement(self, indent: int) -> None:
         kinds: list[Callable[[int], None]] = [self.assignment, self.list_change]
         if indent <= self.shape.depth:
             kinds += [self.branch, self.loop]
-        self.random.choice(kinds)(indent)
+        self.dice.one(kinds)(indent)
 
     def assignment(self, indent: int) -> None:
-        kind, known, every = self.random.choice([
+        kind, known, every = self.dice.one([
             (self.number, self.numbers, NUMBERS_IN + NUMBERS), (self.truth, self.truths, TRUTHS_IN + TRUTHS),
         ])  # fmt: skip
-        name, expression = self.random.choice(every), kind()
+        name, expression = self.dice.one(every), kind()
         self.write(indent, f"{name} = {expression}")
         if name not in known:
             known.append(name)
 
     def list_change(self, indent: int) -> None:
-        change = f"append({self.operand()})" if self.random.random() < 0.5 else "pop()"
-        self.write(indent, f"{self.random.choice(self.lists)}.{change}")
+        change = f"append({self.operand()})" if self.dice.roll() < 0.5 else "pop()"
+        self.write(indent, f"{self.dice.one(self.lists)}.{change}")
 
     def branch(self, indent: int) -> None:
-        self.write(indent, f"if {self.random.choice(self.truths)}:")
+        self.write(indent, f"if {self.dice.one(self.truths)}:")
         self.statements(indent + 1)
 
     def loop(self, indent: int) -> None:
         free = [name for name in TRUTHS_IN + TRUTHS if name not in self.around]
-        condition, counter = self.random.choice(free), f"cnter_{indent - 1}"
-        asked = f"{condition} = {counter} != {self.random.randrange(SHORTEST_LOOP, self.shape.loop, STRIDE)}"
+        condition, counter = self.dice.one(free), f"cnter_{indent - 1}"
+        asked = f"{condition} = {counter} != {self.dice.one(range(SHORTEST_LOOP, self.shape.loop, STRIDE))}"
         for line in (f"{counter} = 0", asked, f"while {condition}:"):
             self.write(indent, line)
         self.around.append(condition)
@@ -144,22 +167,22 @@ class Writer:
         self.write(indent + 1, asked)
 
     def digit(self) -> str:
-        return str(self.random.randrange(self.shape.numbers))
+        return str(self.dice.below(self.shape.numbers))
 
     def operand(self) -> str:
-        return self.digit() if self.random.random() < 0.5 else self.random.choice(self.numbers)
+        return self.digit() if self.dice.roll() < 0.5 else self.dice.one(self.numbers)
 
     def number(self) -> str:
-        kind = self.random.randrange(3)
+        kind = self.dice.below(3)
         if kind == 0:
             return self.operand()
         if kind == 1:
-            sides, sign = [self.operand(), self.digit()], self.random.choice("+-")
-            return f" {sign} ".join(sides if self.random.random() < 0.5 else sides[::-1])
+            sides, sign = [self.operand(), self.digit()], self.dice.one("+-")
+            return f" {sign} ".join(sides if self.dice.roll() < 0.5 else sides[::-1])
         places = range(max(1, self.shape.lists[1] // 2))
-        index = str(self.random.choice(places)) if self.random.random() < 0.5 else self.random.choice(self.numbers)
-        return f"{self.random.choice(self.lists)}[{index}]"
+        index = str(self.dice.one(places)) if self.dice.roll() < 0.5 else self.dice.one(self.numbers)
+        return f"{self.dice.one(self.lists)}[{index}]"
 
     def truth(self) -> str:
-        sides, sign = [self.operand(), self.digit()], self.random.choice(("==", "!="))
-        return f" {sign} ".join(sides if self.random.random() < 0.5 else sides[::-1])
+        sides, sign = [self.operand(), self.digit()], self.dice.one(("==", "!="))
+        return f" {sign} ".join(sides if self.dice.roll() < 0.5 else sides[::-1])
