@@ -89,8 +89,8 @@ def test_this_cpu_has_measured_figures():
 def test_a_real_measurement(capsys, tmp_path):
     """Two processes on this machine; the plan made with the figures is of plausible size."""
     path = tmp_path / "mine.json"
-    words = ("2m", "--gpus", "2", "--measure", str(path), "--seq", "128", "--global-batch", "8")
-    code, out, err = run_main(capsys, "plan", *words, "--json", "--precision", "fp32")
+    words = ("2m", "--gpus", "2", "--measure", str(path), "--seq", "128", "--global-batch", "8", "--precision", "fp32")
+    code, out, err = run_main(capsys, "plan", *words, "--json")
     assert (code, err) == (0, "")
     content = json.loads(out)
     assert content["hardware"] == "cpu" and 1e-3 < content["step_seconds"] < 60
