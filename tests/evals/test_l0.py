@@ -54,7 +54,7 @@ def test_figures_of_answers_whose_worth_is_known():
     ]
     records = [record(SMALL, n, s, said) for n, of in enumerate(answers) for s, said in enumerate(of)]
     found = figures(records[::-1], [1, 2, 3, 5, 15])
-    assert found["greedy"] is None and found["n"] == 4 and found["failed"] == 0
+    assert found["greedy"] is None and found["n"] == 4
     sampled = found["sampled"]
     assert sampled["cut"] == 0
     assert sampled["accuracy"] == pytest.approx((2 / 5 + 3 / 5 + 0 + 1) / 4)
@@ -138,12 +138,16 @@ def test_a_report_has_all_rows_and_says_which_failed(folder):
             for s in range(samples)
         ]
         results[name] = Result(score_of(name, records, 0), records)
+    broken = record(SMALL, 9, 0, right, "greedy") | {"error": "Traceback: a leak", "scores": {}}
+    records = [*results["steps-13"].records, broken]
+    results["steps-13"] = Result(score_of("steps-13", records, 0), records)
     fault = Refusal("too long a prompt", "less", "more memory")
     report = bench.report(Context(folder), results | {"steps-16": Result(None, fault=fault)})
     document = json.loads(json.dumps(report.document))
     assert document["axes"]["demonstrations"] == [{"value": "1", "row": "steps-13"},
                                                   {"value": "2", "row": "demonstrations-2"}]  # fmt: skip
     assert document["figures"].keys() == {"steps-13", "demonstrations-2", "lists-2-4"}
+    assert document["figures"]["steps-13"]["failed"] == 1 and document["figures"]["steps-13"]["n"] == 4
     assert "too long" in document["faults"]["steps-16"] and "steps-16: too long a prompt" in report.text
     assert len(report.text.splitlines()) == 1 + 4 + 1  # a header, a line for each point, a fault
     titles = [axes.get_title(loc="left") for axes in report.picture.axes]
@@ -154,7 +158,7 @@ def test_a_report_has_all_rows_and_says_which_failed(folder):
 
 def test_a_table_shows_greedy_answers_first():
     records = [record(SMALL, 0, 0, right, "greedy"), record(SMALL, 0, 0, wrong_at(2))]
-    text = table({"steps": [{"value": "20", "row": "a"}]}, {"a": figures(records, [1])})
+    text = table({"steps": [{"value": "20", "row": "a"}]}, {"a": {**figures(records, [1]), "failed": 0}})
     assert text.splitlines()[1].split()[2:5] == [str(len(problem(SMALL, 0).secret["trace"])), "1", "100.0%"]
 
 

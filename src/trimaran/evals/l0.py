@@ -95,7 +95,11 @@ class L0Bench(Suite):
         return found
 
     def report(self, context: Context, results: Mapping[str, Result]) -> Report:
-        rows = {name: figures(one.records, self.votes) for name, one in results.items() if one.score is not None}
+        rows = {
+            name: {**figures(one.records, self.votes), "failed": one.score.failed}
+            for name, one in results.items()
+            if one.score is not None
+        }
         axes: dict[str, list[dict[str, Any]]] = {}
         for axis, value, name, _ in self.places():
             axes.setdefault(axis, []).append({"value": written(value), "row": name})

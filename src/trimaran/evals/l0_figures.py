@@ -26,9 +26,10 @@ COLUMNS = ("axis", "value", "steps", "n", "right", "95 %", "steps to error", "pa
 
 
 def figures(records: Sequence[Record], votes: Sequence[int]) -> dict[str, Any]:
-    """The figures of a row's records, JSON values. votes: how many samples vote, where there are as many."""
+    """The figures of a row's records, JSON values; those of episodes that failed have no score and are not counted.
+    votes: how many samples vote, where there are as many."""
     sound = [one for one in records if one["error"] is None]
-    found: dict[str, Any] = {"failed": len(records) - len(sound), "n": len({one["number"] for one in sound})}
+    found: dict[str, Any] = {"n": len({one["number"] for one in sound})}
     found["steps"] = mean([one["scores"]["steps"] for one in sound])
     for mode in ("greedy", "sampled"):
         some = [one for one in sound if one["mode"] == mode]

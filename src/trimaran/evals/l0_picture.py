@@ -78,6 +78,7 @@ def by_votes(panel: "Axes", document: Mapping[str, Any]) -> None:
             if sampled and sampled[name]:
                 label = f"{point['value']} steps" if name == "majority" else None
                 panel.plot(list(sampled[name]), list(sampled[name].values()), style, color=ink, label=label)
+                panel.set_xticks(list(sampled[name]))
     panel.set_title("by samples: majority (line), one of them (dashes)", loc="left", fontsize=10)
 
 
