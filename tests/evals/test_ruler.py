@@ -34,13 +34,13 @@ def of_reward(reward: float) -> Result:
 
 
 def test_a_report_leaves_out_what_did_not_fit_and_says_so():
-    asked = Ruler(lengths=(1024, 2048), tasks=("cwe", "fwe", "vt"))
+    asked = Ruler(lengths=(1024, 2048), tasks=("cwe", "fwe", "qa_1"))
     results = {name: of_reward(0.875) for name in asked.rows(Context("nowhere", trained=1024))}
     results["cwe-1k"] = Result(None, fault=Refusal("1024", "more", "more"))
     results["fwe-2k"] = of_reward(0.5)
     report = asked.report(Context("nowhere", trained=1024), results)
     found = report.document
-    assert found["scores"] == {"1024": {"fwe": 87.5, "vt": 87.5}, "2048": {"cwe": 87.5, "fwe": 50.0, "vt": 87.5}}
+    assert found["scores"] == {"1024": {"fwe": 87.5, "qa_1": 87.5}, "2048": {"cwe": 87.5, "fwe": 50.0, "qa_1": 87.5}}
     assert found["averages"] == {"1024": 87.5, "2048": 75.0} and found["effective_length"] == 1024
     assert found["increasing"] == 79.17 and found["decreasing"] == 83.33 and list(found["left_out"]) == ["cwe-1k"]
     lines = report.text.splitlines()
@@ -79,7 +79,7 @@ def test_a_folder_is_scored_at_two_lengths(tmp_path, capsys):
     ]
     assert list(found["left_out"]) == ["vt-300"] and found["scores"]["1024"].keys() == {"vt", "niah_single_1", "qa_1"}
     assert found["trained_length"] == 256 and found["effective_length"] is None and found["averages"]["1024"] == 0
-    assert found["rows"]["vt-1k"]["greedy"]["tokens"] <= 30 and found["rows"]["vt-1k"]["sampled"] is None
+    assert found["rows"]["vt-1k"]["greedy"]["tokens"] <= 33 and found["rows"]["vt-1k"]["sampled"] is None
     (home,) = folder.glob("scores/ruler-*/ruler.png")
     assert home.stat().st_size > 10_000
     records = {path: path.read_bytes() for path in folder.glob("scores/*/records.jsonl")}

@@ -17,8 +17,8 @@ from trimaran.tasks.ruler_fit import largest
 from trimaran.tasks.ruler_haystack import DEPTHS, NOISE, with_needles
 from trimaran.tasks.ruler_lexicon import WORDS, keys, vocabulary
 from trimaran.tasks.ruler_niah import Niah
-from trimaran.tasks.ruler_words import shares, zeta
-from trimaran.tasks.task import REWARD, Trace
+from trimaran.tasks.ruler_words import Frequent, distinct, shares, zeta
+from trimaran.tasks.task import GARBAGE, REWARD, Trace
 from trimaran.text.conversation import Conversation
 from trimaran.text.tokenizer import Tokenizer
 
@@ -302,6 +302,7 @@ def test_questions_of_a_hotpot_file(tmp_path):
     ("content", "said"),
     [
         (None, "no file"),
+        (b"folder", "no file"),
         (b"\xff", "form"),
         (b"{", "form"),
         (b"[]", "no question|form"),
@@ -311,7 +312,9 @@ def test_questions_of_a_hotpot_file(tmp_path):
     ],
 )
 def test_files_that_are_of_another_form(tmp_path, form, content, said):
-    if content is not None:
+    if content == b"folder":
+        (tmp_path / "dev.json").mkdir()
+    elif content is not None:
         (tmp_path / "dev.json").write_bytes(content)
     with pytest.raises(Refusal, match=said):
         published(form, 1000, file=tmp_path / "dev.json").prompt(0)
@@ -322,6 +325,34 @@ def test_two_folders_of_one_tokenizer_are_the_same_settings(folder, tmp_path):
     one, other = (published("cwe", 2048, place) for place in (folder, tmp_path / "twin"))
     assert one.model_dump(mode="json") == other.model_dump(mode="json")
     assert message(one, 0) == message(other, 0)
+
+
+def test_no_word_is_in_a_garbage_answer():
+    assert not [(word, said) for word in WORDS for said in GARBAGE if word in said.casefold()]
+    published("cwe", 1024).check()  # as SFT, RL and `score` check it
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_tokenizer_of_few_words_leaves_room_for_the_answer(name, tmp_path):
+    Tokenizer.train(["the sea is calm " * 9], 300).save(tmp_path)
+    of = published(name, 9000, tmp_path)
+    prompt = of.prompt(0, "held_out")
+    text = message(of, 0)
+    assert of.counter.tokens(text) + of.counter.overhead + of.kept <= 9000 and of.kept >= of.answer_tokens
+    assert answered(of, 0, solve(text)) == of.score(Trace(prompt, of.gold(prompt)))[REWARD] == 1
+
+
+def test_longer_answers_than_published_have_room():
+    published("vt", 4096).replace(hops=20).check(2)
+    published("niah_multivalue", 4096).replace(values=100).check(2)
+    assert published("vt", 4096).kept == 30 and published("niah_multivalue", 4096).kept == 128
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0, 3.0])
+def test_the_third_word_is_never_in_doubt(alpha):
+    least = Frequent(alpha=alpha).least({})
+    assert all(distinct(shares(units, alpha)) for units in range(least, least + 3000))
+    assert not distinct(shares(least - 1, alpha))
 
 
 def test_words_never_run_short():

@@ -61,7 +61,7 @@ class Ruler(Suite):
 
     def rows(self, context: Context) -> Mapping[str, Row]:
         tasks = {row_of(name, length): self.task(name, length, context.folder) for length, name in self.places()}
-        return {name: Row(task, {**PLAY, "max_tokens": task.answer_tokens}) for name, task in tasks.items()}
+        return {name: Row(task, {**PLAY, "max_tokens": task.kept}) for name, task in tasks.items()}
 
     def places(self) -> list[tuple[int, str]]:
         """(length, task) of every row."""

@@ -7,12 +7,13 @@
     qa        a question that one or two of many documents answer
 
 `PUBLISHED` has the thirteen settings of the paper. A problem is as long as its token budget lets it be: the
-message, the chat template round it and `answer_tokens` for the answer are within `length`, and with one unit more they
+message, the chat template round it and the tokens kept for the answer are within `length`, and with one unit more they
 would not be. The parts of each prompt are those of the paper in their order, in words of our own: what is asked, the
 text, the question, and the beginning of the answer, with which the message ends.
 
 The score is the paper's: how many of the expected strings are in the answer, upper and lower case alike; for `qa`
-whether any is. Only the first `answer_tokens` tokens of an answer are read, so nothing is won by repeating the text.
+whether any is. Only as many tokens of an answer are read as were kept for it (`answer_tokens`, the published number, or
+more where a perfect answer needs them), so nothing is won by repeating the text.
 """
 
 import re
@@ -106,10 +107,21 @@ class Ruler(Task):
     def counter(self) -> Ruled:
         return ruled(self.tokenizer)
 
+    def specimen(self) -> list[str]:
+        """Strings that take about as many tokens as an answer of this task ever does; none: the published number
+        is enough whatever the tokenizer."""
+        return []
+
+    @cached_property
+    def kept(self) -> int:
+        """Tokens kept for an answer: the published number, or more where few merges or many values need more."""
+        said = ", ".join(self.specimen())
+        return max(self.answer_tokens, self.counter.tokens(said)) if said else self.answer_tokens
+
     @property
     def budget(self) -> int:
         """Tokens that a message may have."""
-        return self.length - self.counter.overhead - self.answer_tokens
+        return self.length - self.counter.overhead - self.kept
 
     def prompt(self, number: int, split: Split = "train") -> Prompt:
         secret = self.drawn(number, split)
@@ -124,7 +136,14 @@ class Ruler(Task):
 
     def drawn(self, number: int, split: Split) -> dict[str, Any]:
         """What problem `number` asks for."""
-        return drawn(self.name, number, split, self.draw, self.identity)
+        return drawn(self.name, number, split, self.sayable, self.identity)
+
+    def sayable(self, random: Random) -> dict[str, Any] | None:
+        """What a problem asks for, if its perfect answer is no longer than the tokens kept."""
+        secret = self.draw(random)
+        if not self.specimen():
+            return secret
+        return secret if self.counter.tokens(", ".join(self.answers(secret))) <= self.kept else None
 
     def fit(self, secret: Mapping[str, Any], guess: int | None) -> int:
         """The most units that are within the budget; guess: about how many."""
@@ -157,14 +176,14 @@ class Ruler(Task):
         last = trace.messages[-1] if trace.messages else {}
         if last.get("role") != "assistant":
             return {REWARD: 0.0}
-        said = self.counter.head(trace.answer, self.answer_tokens)
+        said = self.counter.head(trace.answer, self.kept)
         return {REWARD: matched(said, self.answers(trace.prompt.secret), self.every)}
 
 
 def matched(said: str, expected: list[str], every: bool) -> float:
     """The paper's score of one answer, 0 to 1: the share of `expected` that it contains, or whether it contains any."""
-    plain = CONTROL.sub("\n", said.strip()).strip().casefold()
-    inside = [one.casefold() in plain for one in expected]
+    plain = CONTROL.sub("\n", said.strip()).strip().lower()
+    inside = [one.lower() in plain for one in expected]
     return sum(inside) / len(inside) if every else float(any(inside))
 
 

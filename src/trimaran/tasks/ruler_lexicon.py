@@ -35,7 +35,7 @@ table tailor temple tent thimble thread tiger torch tower trail train treasure t
 velvet village violin wagon walnut watch wheel whistle willow window wolf wool yarn
 """
 VERBS_TEXT = """
-accept admire answer arrive bake balance begin believe borrow bounce breathe build carry catch celebrate choose
+accept admire arrive bake balance begin believe borrow bounce breathe build carry catch celebrate choose
 climb collect compare cook count cross dance decide deliver discover divide draw dream drift drink earn enjoy escape
 explore fetch find float follow forget gather grow guess hang help hold hope hunt imagine invent invite join juggle
 jump knit knock laugh lead learn lift listen measure mend mix notice obey observe offer order paint polish prepare

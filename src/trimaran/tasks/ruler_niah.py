@@ -96,6 +96,9 @@ class Niah(Ruler):
         values = many(random, self.value_kind, units, known)
         return [NEEDLE.format(kinds=self.value_kind, key=key, value=value) for key, value in zip(names, values)]
 
+    def specimen(self) -> list[str]:
+        return many(Random(0), self.value_kind, self.queries * self.values)
+
     def answers(self, secret: Mapping[str, Any]) -> list[str]:
         given = dict(secret["pairs"])
         return [value for key in secret["asked"] for value in given[key]]

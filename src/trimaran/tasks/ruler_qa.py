@@ -178,8 +178,10 @@ def collection(file: Path, form: Form) -> Collection:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
         found = squad(read) if form == "squad" else hotpot(read)
-    except FileNotFoundError:
-        raise Refusal(f"no file {str(file)!r}", f"a JSON file of the {form} form", "correct the path") from None
+    except OSError as problem:
+        raise Refusal(
+            f"no file {str(file)!r} to read ({problem.strerror})", f"a JSON file of the {form} form", "correct the path"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         what = f"{file} is not of the {form} form ({type(problem).__name__}: {problem})"
         raise Refusal(what, "its published JSON form", "see docs/ruler.md") from None

@@ -18,6 +18,7 @@ from trimaran.tasks.ruler_haystack import among, noise
 from trimaran.tasks.task import Split
 
 EXAMPLE = 500
+RARE = "QXZJV"  # five letters that no tokenizer joins
 QUESTION = (
     "Variables are assigned in the text below, here and there. Remember what is assigned to what.\n\n{context}\n"
     "Question: which variables have the value {value}, by all assignments of the text above? "
@@ -63,6 +64,9 @@ class Tracing(Ruler):
         [[_, names]], seed = drawn["example"], drawn["seed"]
         shown = posed(drawn["example"], seed, drawn["example_units"]) + answer_of(names)
         return f"{shown}\n\n{posed(drawn['chains'], seed, units)}"
+
+    def specimen(self) -> list[str]:
+        return [RARE] * (self.hops + 1)
 
     def answers(self, secret: Mapping[str, Any]) -> list[str]:
         return list(secret["chains"][0][1])

@@ -10,6 +10,7 @@ Below a length of 4096 tokens the list is shorter: ten words 6 times, all others
 from collections import Counter
 from collections.abc import Mapping
 from itertools import takewhile
+from math import ceil
 from random import Random
 from string import ascii_lowercase
 from typing import Any, ClassVar
@@ -104,8 +105,13 @@ class Frequent(Ruler):
         return f"coded {sorted(drawn['words'])}"
 
     def least(self, drawn: Mapping[str, Any]) -> int:
-        """So many words that ranks 4 and 5 differ, and with them the answer from the rest."""
-        return next(units for units in range(ASKED + 2, 1 << 20) if distinct(shares(units, self.alpha)))
+        """So many words that ranks 4 and 5 differ for good, and with them the answer from the rest.
+
+        Rounded down, n a and n b differ for every n of 1 / (a - b) and more.
+        """
+        sure = ceil(zeta(self.alpha) / ((ASKED + 1) ** -self.alpha - (ASKED + 2) ** -self.alpha))
+        ties = (units for units in range(sure, ASKED, -1) if not distinct(shares(units, self.alpha)))
+        return next(ties, ASKED) + 1
 
     def text(self, drawn: Mapping[str, Any], units: int) -> str:
         random, counts = Random(drawn["seed"]), shares(units, self.alpha)
