@@ -41,10 +41,11 @@ def test_a_report_leaves_out_what_did_not_fit_and_says_so():
     report = asked.report(Context("nowhere", trained=1024), results)
     found = report.document
     assert found["scores"] == {"1024": {"fwe": 87.5, "qa_1": 87.5}, "2048": {"cwe": 87.5, "fwe": 50.0, "qa_1": 87.5}}
-    assert found["averages"] == {"1024": 87.5, "2048": 75.0} and found["effective_length"] == 1024
+    assert found["averages"] == {"1024": 87.5, "2048": 75.0}
+    assert found["effective_length"] is None  # at 1024 a task is missing, 2048 is below the baseline
     assert found["increasing"] == 79.17 and found["decreasing"] == 83.33 and list(found["left_out"]) == ["cwe-1k"]
     lines = report.text.splitlines()
-    assert all("1k" in line for line in lines[1:5]) and "2/3" in lines[5] and "effective length 1k" in lines[6]
+    assert all("1k" in line for line in lines[1:5]) and "2/3" in lines[5] and "effective length below 1k" in lines[6]
     assert lines[7].startswith("cwe-1k: 1024") and report.picture is not None
 
 

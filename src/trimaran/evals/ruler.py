@@ -1,7 +1,8 @@
 """`trimaran score RUN ruler --lengths 4k,8k,16k`: RULER's thirteen tasks at every length, and how far a model reaches.
 
     score at a length    the mean of its tasks, 0 to 100, as published; a task that does not fit is left out and named
-    effective length     the greatest length whose score is strictly above `baseline` (85.6: Llama-2-7B chat at 4k)
+    effective length     the greatest length at which all tasks ran, and whose score is strictly above `baseline` (85.6:
+                         Llama-2-7B chat at 4k)
     increasing           the mean over lengths, weighted 1, 2, 3, …: for those who use a model at length
     decreasing           the same with the weights the other way round: for those who do not
 
@@ -70,10 +71,11 @@ class Ruler(Suite):
     def report(self, context: Context, results: Mapping[str, Result]) -> Report:
         scores = {length: self.scores_at(length, results) for length in self.lengths}
         averages = {length: average(list(found.values())) for length, found in scores.items()}
+        whole = {length: averages[length] for length, found in scores.items() if len(found) == len(self.tasks)}
         document = {
             "scores": {str(length): found for length, found in scores.items()},
             "averages": {str(length): value for length, value in averages.items()},
-            "effective_length": effective(averages, self.baseline),
+            "effective_length": effective(whole, self.baseline),
             "baseline": self.baseline,
             "increasing": weighted(list(averages.values())),
             "decreasing": weighted(list(averages.values())[::-1]),
