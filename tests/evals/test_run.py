@@ -15,6 +15,7 @@ from trimaran.evals.play import Player
 from trimaran.evals.records import Records, model_digest, source_of
 from trimaran.evals.run import ScoreSettings, digest, main, score, settings_of
 from trimaran.model import hub
+from trimaran.tasks import names
 from trimaran.tasks.names import TASKS
 
 SMALL = ScoreSettings(n=3, samples=2, max_tokens=8)
@@ -145,6 +146,9 @@ def test_the_digest_knows_what_matters(folder):
     others += [of(Word(), weights="v"), of(Word(), thinking=False), of(Word(), engine={"ssm_dtype": "float16"})]
     assert len({usual, *others}) == 8
     assert "class Word" in source_of(Word())
+    whole = source_of(names.task("ruler_common", {"length": 4096}))
+    assert all(f"def {name}(" in whole for name in ("largest", "drawn"))  # of modules beside its own
+    assert whole == source_of(names.task("ruler_common", {"length": 8192}))
     assert model_digest(folder) == model_digest(folder)
 
 

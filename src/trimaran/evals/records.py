@@ -4,9 +4,11 @@ The folder's name holds a digest of all that the episodes depend on: other weigh
 task write to another file. What only says how many (n, samples, greedy) is not in it: more of them add lines.
 """
 
+import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,31 @@ def digest_of(**parts: Any) -> str:
 
 
 def source_of(task: Task) -> str:
-    """The text of the task's class, or its name where there is no text: an edited task scores anew."""
+    """The text of the task's module and of those of its package that it imports, or the class's name where there is no
+    text: an edited task scores anew."""
     kind = type(task)
-    try:
-        return inspect.getsource(inspect.getmodule(kind) or kind)
-    except (OSError, TypeError):  # typed into a session
-        return f"{kind.__module__}:{kind.__qualname__}"
+    waiting, texts = [kind.__module__], dict[str, str]()
+    package = kind.__module__.rpartition(".")[0] + "."
+    while waiting:
+        name = waiting.pop()
+        try:
+            texts[name] = inspect.getsource(sys.modules[name])
+        except (OSError, TypeError):  # typed into a session
+            texts[name] = f"{kind.__module__}:{kind.__qualname__}"
+        near = {one for one in imports_of(texts[name]) if one.startswith(package) and one in sys.modules}
+        waiting += near - texts.keys() - set(waiting)
+    return "".join(text for _, text in sorted(texts.items()))
+
+
+def imports_of(source: str) -> set[str]:
+    """Names of modules that a module's text imports when it is loaded, by their whole names; and some that are none."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def model_digest(folder: Path) -> str:
