@@ -4,10 +4,10 @@
     python benchmarks/planner_cpu.py --rounds 1      # a try
 
 First `plan/measure.py` fits the machine's coefficients to other, smaller models, whole and spread, and to bare
-collectives: none of the runs here is among what it fits. Then every layout (replicate, fsdp, tp, pp and others, each at
-two batches) takes real steps with the training loop's own `train_step`, all in one process group. Layouts take turns, round by
-round; a layout's time is the median over its rounds of the median step, its noise half the range over the
-rounds. Adds the part `cpu` to benchmarks/results/planner.json, and writes src/trimaran/plan/cpu.json with --keep.
+collectives: none of the runs here is among what it fits. Then every layout (replicate, fsdp, tp, pp and others, each
+at two batches) takes real steps with the training loop's own `train_step`, all in one process group. Layouts take
+turns, round by round; a layout's time is the median over its rounds of the median step, its noise half the range over
+the rounds. Adds the part `cpu` to benchmarks/results/planner.json, and writes src/trimaran/plan/cpu.json with --keep.
 """
 
 import argparse
