@@ -111,7 +111,8 @@ class L0(Task):
         return Prompt(self.name, split, number, messages, secret=secret, thinking=self.thinking)
 
     def gold(self, prompt: Prompt) -> tuple[Message, ...]:
-        return ({"role": "assistant", "content": l0_wording.fenced(prompt.secret["trace"])},)
+        said = {"role": "assistant", "content": l0_wording.fenced(prompt.secret["trace"])}
+        return (said | {"reasoning_content": l0_wording.THOUGHT} if prompt.thinking else said,)
 
     def score(self, trace: Trace) -> dict[str, float]:
         expected = trace.prompt.secret["trace"]

@@ -9,6 +9,7 @@ TASK = (
     "Execute a program by hand and write down its trace: one line for each line of the program as it is executed, in "
     "order, with the number of the line, the variable that it changed and the variable's value after it."
 )
+THOUGHT = "I go through the program line by line."  # of a perfect answer: the trace itself is the work
 ASK = "Write the trace in the same form, beginning with ```L2,"
 FORMS = (
     # 1: one paragraph
