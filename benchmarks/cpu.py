@@ -1,356 +1,224 @@
-"""Trimaran against its peers on a CPU: training step, prefill, decoding, with the same weights in the same process.
+"""Trimaran against its peers on a CPU: training step, prefill, decoding, with the same weights in the same run.
 
-    python benchmarks/cpu.py --peers transformers --cases train,prefill,decode --json
+    python benchmarks/cpu.py --peers transformers,llama.cpp --cases train,prefill,decode --json
+    python benchmarks/cpu.py --cases tiny,memory,start
 
-Ours and the peer take turns, so that noise meets both; medians of `--repeat` turns (3 where a turn takes over 6 s, 2
-over 20 s). Both sides' outputs are compared first: a case whose check fails is reported as red, without a speed.
-Process CPU time stands beside wall time. The case `tiny` is the demo's model in training, ours alone.
+Ours and the peers take turns, so that noise meets all; medians of `--repeat` turns. The outputs of the first and of the
+last turn are compared: a case in which a side differs is reported as red, without a speed. Process CPU time stands
+beside wall time.
 
-peer: transformers at its defaults (sdpa attention, grouped_mm experts, cache), with `dt` unclamped in prefill, since
-the clamp is not in the model. bf16 means bf16 weights in inference, and autocast over fp32 weights in training.
+    transformers  at its defaults, in this process (cpu_sides.py)
+    llama.cpp     BF16 (or F32) GGUF, in a process of its own; fetched and built once (llamacpp.py). It does not train
+    trial         the case `tiny` in plain torch (trial.py): the same weights, tokens and loss
+
+bf16 means bf16 weights in inference, and autocast over fp32 weights in training. `memory` and `start` are whole
+processes, see cpu_processes.py.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import cpu_processes
+import llamacpp
 import torch
-from torch import Tensor, nn
+import trial
+from cpu_sides import (
+    DTYPES,
+    MODELS,
+    OURS,
+    TINY,
+    TRANSFORMERS,
+    Side,
+    case_tokens,
+    load_transformers,
+    side,
+    tiny_training,
+)
 
-from trimaran.engine.plain import prefill
+from trimaran.errors import Refusal
 from trimaran.model import hub
-from trimaran.model.config import ModelConfig
-from trimaran.model.hybrid import HybridModel, build
-from trimaran.ops.loss import cross_entropy
+from trimaran.model.hybrid import build
 from trimaran.ops.memory import keep_freed_memory
+from trimaran.report import environment
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CASES = {
     "tiny": ("train 8x256",),
     "train": ("train 4x512",),
     "prefill": ("prefill 512", "prefill 2048", "prefill 8192"),
     "decode": ("decode b1", "decode b8", "decode b32"),
+    "memory": ("memory train", "memory prefill"),
+    "start": ("start",),
 }
-BLOCK = 1024  # tokens of a prompt that pass the model at once, carrying the state
-PROMPT, NEW = 64, 24  # decoding: tokens before, tokens per turn
-AGREE = {"fp32": 1e-3, "bf16": 5e-2}  # largest relative L2 distance of logits (and of the loss) to the peer's
-
-SIZES = {
-    "vocab_size": 16384,
-    "hidden_size": 768,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "mamba_num_heads": 24,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 4,
-    "chunk_size": 128,
-}
-MODELS = {
-    "dense": ModelConfig(pattern="M-M-M*-" * 3, intermediate_size=3072, **SIZES),
-    "moelat": ModelConfig(
-        pattern="MEME*E" * 3,
-        n_routed_experts=32,
-        num_experts_per_tok=4,
-        moe_latent_size=384,
-        moe_intermediate_size=768,
-        moe_shared_expert_intermediate_size=768,
-        **SIZES,
-    ),
-}
-TINY = ModelConfig(
-    pattern="ME*E",
-    mtp_pattern="*E",
-    vocab_size=2048,
-    hidden_size=192,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=48,
-    mamba_num_heads=6,
-    mamba_head_dim=64,
-    ssm_state_size=32,
-    n_groups=1,
-    chunk_size=64,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_latent_size=96,
-    moe_intermediate_size=192,
-    moe_shared_expert_intermediate_size=384,
-)
+PEERS = ("transformers", "llama.cpp", "trial")
+AGREE = {"fp32": 1e-3, "bf16": 5e-2}  # largest relative L2 distance of logits (and of the loss) to a peer's
 
 
-@dataclass(frozen=True)
-class Side:
-    """One turn of a case: `turn` does the work of `tokens` tokens and returns what is compared."""
+def take_turns(sides: dict[str, Side], repeat: int) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
+    """Largest relative distance of each side's outputs from the first side's, and (wall, CPU) seconds of its turns.
 
-    turn: Callable[[], Tensor]
-    tokens: int
-
-
-def random_tokens(batch: int, length: int, vocab: int, seed: int = 0) -> Tensor:
-    """Ids with a long tail, as in text, so that experts are not loaded evenly by construction."""
-    uniform = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
-    return (uniform**3 * vocab).long()
-
-
-def training(model: nn.Module, loss: Callable[[], Tensor], tokens: int, dtype: str) -> Side:
-    """One optimizer step, alike for both sides."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def turn() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()[None]
-
-    return Side(turn, tokens)
-
-
-def our_training(model: HybridModel, tokens: Tensor, dtype: str) -> Side:
-    """Forward, backward, AdamW, on the targets that the peer's own loss takes."""
-    weights = torch.ones(tokens.shape)
-    weights[:, -1] = 0
-
-    def loss() -> Tensor:
-        hidden = model.hidden(tokens).flatten(0, 1)
-        return cross_entropy(hidden, model.head, tokens.roll(-1, 1).flatten(), weights.flatten()) / weights.sum()
-
-    return training(model, loss, tokens.numel(), dtype)
-
-
-def tiny_training(model: HybridModel) -> Side:
-    """The demo's step: packed documents, next token and draft block."""
-    tokens = random_tokens(8, 258, model.config.vocab_size)
-    inputs, one, two = (tokens[:, d : 256 + d] for d in range(3))
-    ids = (torch.rand(inputs.shape, generator=torch.Generator().manual_seed(1)) < 1 / 1000).cumsum(1)
-    weights = torch.full((inputs.numel(),), 1 / inputs.numel())
-
-    def loss() -> Tensor:
-        hidden = model.hidden(inputs, ids)
-        deeper = model.mtp(hidden, one, ids)
-        drafted = cross_entropy(deeper.flatten(0, 1), model.head, two.flatten(), weights)
-        return cross_entropy(hidden.flatten(0, 1), model.head, one.flatten(), weights) + 0.2 * drafted
-
-    return training(model, loss, inputs.numel(), "bf16")
-
-
-def peer_training(model: Any, tokens: Tensor, dtype: str) -> Side:
-    def loss() -> Tensor:
-        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
-
-    return training(model, loss, tokens.numel(), dtype)
-
-
-def our_prefill(model: HybridModel, tokens: Tensor) -> Side:
-    model.eval()
-
-    @torch.no_grad()
-    def turn() -> Tensor:
-        return model.head(prefill(model, tokens.tolist(), BLOCK, drafting=False)[1])[:, -1]
-
-    return Side(turn, tokens.numel())
-
-
-def peer_prefill(model: Any, tokens: Tensor) -> Side:
-    model.eval()
-
-    @torch.no_grad()
-    def turn() -> Tensor:
-        return model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    return Side(turn, tokens.numel())
-
-
-def our_decoding(model: HybridModel, tokens: Tensor) -> Side:
-    """NEW tokens per turn on a cache that grows; given tokens are fed, so that both sides read the same."""
-    model.eval()
-    with torch.no_grad():
-        state, _ = prefill(model, tokens[:, :PROMPT].tolist(), BLOCK, drafting=False)
-
-    @torch.no_grad()
-    def turn() -> Tensor:
-        for n in range(NEW):
-            logits = model(tokens[:, PROMPT + n : PROMPT + n + 1], state=state)[:, -1]
-            logits.argmax(-1)
-        return logits
-
-    return Side(turn, len(tokens) * NEW)
-
-
-def peer_decoding(model: Any, tokens: Tensor) -> Side:
-    model.eval()
-    with torch.no_grad():
-        cache = model(input_ids=tokens[:, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values
-
-    @torch.no_grad()
-    def turn() -> Tensor:
-        for n in range(NEW):
-            token = tokens[:, PROMPT + n : PROMPT + n + 1]
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-            logits.argmax(-1)
-        return logits
-
-    return Side(turn, len(tokens) * NEW)
-
-
-def sides(case: str, dtype: str, ours: HybridModel, peer: Any) -> list[Side]:
-    """Ours and the peer's turn of one case."""
-    vocab = ours.config.vocab_size
-    if case == "train 4x512":
-        tokens = random_tokens(4, 512, vocab)
-        return [our_training(ours, tokens, dtype), peer_training(peer, tokens, dtype)]
-    kind, size = case.split()
-    if kind == "prefill":
-        tokens = random_tokens(1, int(size), vocab)
-        return [our_prefill(ours, tokens), peer_prefill(peer, tokens)]
-    tokens = random_tokens(int(size[1:]), PROMPT + NEW, vocab)
-    return [our_decoding(ours, tokens), peer_decoding(peer, tokens)]
-
-
-def take_turns(both: list[Side], repeat: int) -> tuple[float, list[list[float]], list[list[float]]]:
-    """Relative distance of the first outputs, then wall and CPU seconds of each side's turns."""
-    first = [side.turn().double() for side in both]
-    apart = float((first[0] - first[-1]).norm() / first[-1].norm())
-    wall, cpu = [[] for _ in both], [[] for _ in both]
-    for n in range(repeat):
-        for index, side in enumerate(both):
+    The first turn of each side warms up and is not timed; the outputs of it and of the last turn are compared.
+    """
+    outputs = {name: [side.turn().double()] for name, side in sides.items()}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(repeat):
+        for name, one in sides.items():
             started, burnt = time.perf_counter(), time.process_time()
-            side.turn()
-            wall[index].append(time.perf_counter() - started)
-            cpu[index].append(time.process_time() - burnt)
-        slowest = max(map(sum, zip(*wall)))
-        if n + 1 >= (2 if slowest > 20 else 3 if slowest > 6 else repeat):
-            break
-    return apart, wall, cpu
+            output = one.turn()
+            seconds = time.perf_counter() - started, time.process_time() - burnt
+            spent[name].append(one.spent() if one.spent else seconds)
+            outputs[name][1:] = [output.double()]
+    ours = next(iter(outputs.values()))
+    apart = {
+        name: max(float((mine - other).norm() / other.norm()) for mine, other in zip(ours, theirs))
+        for name, theirs in list(outputs.items())[1:]
+    }
+    return apart, spent
 
 
-def row(case: str, model: str, dtype: str, both: list[Side], repeat: int) -> dict[str, Any]:
-    """Speeds in tokens per second; `ratio` is ours over the peer's, `cpu_ratio` the same per second of CPU time."""
-    apart, wall, cpu = take_turns(both, repeat)
-    result: dict[str, Any] = {"case": case, "model": model, "dtype": dtype, "repeats": len(wall[0])}
-    if not apart <= AGREE[dtype]:
-        return {**result, "red": f"outputs {apart:.1e} apart, allowed {AGREE[dtype]:.0e}: no speed reported"}
-    seconds, burnt = [statistics.median(t) for t in wall], [statistics.median(t) for t in cpu]
-    result |= {"ours": round(both[0].tokens / seconds[0], 1), "cpu_s": round(burnt[0], 3)}
-    if len(both) > 1:
-        result |= {
-            "peer": round(both[1].tokens / seconds[1], 1),
-            "ratio": round(seconds[1] / seconds[0], 3),
-            "peer_cpu_s": round(burnt[1], 3),
-            "cpu_ratio": round(burnt[1] / burnt[0], 3),
-            "apart": float(f"{apart:.1e}"),
+def row(case: str, model: str, dtype: str, sides: dict[str, Side], repeat: int) -> dict[str, Any]:
+    """Tokens per second of `sides`, ours first; `ratio` is ours over a peer's, `cpu_ratio` the same by CPU time."""
+    apart, spent = take_turns(sides, repeat)
+    result: dict[str, Any] = {"case": case, "model": model, "dtype": dtype, "repeats": repeat}
+    red = [f"{name}: outputs {far:.1e} apart" for name, far in apart.items() if not far <= AGREE[dtype]]
+    if red:
+        return {**result, "red": f"{'; '.join(red)}, allowed {AGREE[dtype]:.0e}: no speed reported"}
+    wall = {name: statistics.median(seconds for seconds, _ in turns) for name, turns in spent.items()}
+    burnt = {name: statistics.median(seconds for _, seconds in turns) for name, turns in spent.items()}
+    ours, *peers = sides
+    result |= {"ours": round(sides[ours].tokens / wall[ours], 1), "cpu_s": round(burnt[ours], 3), "peers": {}}
+    for name in peers:
+        result["peers"][name] = {
+            "speed": round(sides[name].tokens / wall[name], 1),
+            "ratio": round(wall[name] / wall[ours], 3),
+            "cpu_s": round(burnt[name], 3),
+            "cpu_ratio": round(burnt[name] / burnt[ours], 3),
+            "apart": float(f"{apart[name]:.1e}"),
         }
     return result
 
 
-def load_peer(folder: str, dtype: torch.dtype) -> Any:
-    """transformers' own model from the folder that ours wrote."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
-    return model
+def tiny_row(peers: list[str], repeat: int) -> dict[str, Any]:
+    """The demo's model in training, beside the trial."""
+    model = build(TINY)
+    theirs = {"trial": trial.tiny_side(model)} if "trial" in peers else {}  # copies the weights before they change
+    sides = {"ours": tiny_training(model), **theirs}
+    return row("train 8x256", "tiny", "bf16", sides, repeat)
 
 
-def measure(cases: list[str], models: list[str], dtypes: list[str], repeat: int) -> Iterator[dict[str, Any]]:
-    """One row after the other; training comes last in fp32, since it changes the weights."""
+class Bench:
+    """One model in one dtype: its hub folder, and what the sides open from it."""
+
+    def __init__(self, name: str, dtype: str, asked: argparse.Namespace, built: llamacpp.Built | None):
+        self.name, self.dtype, self.asked, self.built = name, dtype, asked, built
+        self.vocab = MODELS[name].vocab_size
+
+    def rows(self, folder: Path, cases: list[str]) -> Iterator[dict[str, Any]]:
+        """Inference first; training changes the weights and has its own copies."""
+        inference = CASES["prefill"] + CASES["decode"]
+        for stored, kind in ((DTYPES[self.dtype], inference), (torch.float32, CASES["train"])):
+            chosen = [case for case in cases if case in kind]
+            if not chosen:
+                continue
+            with ExitStack() as stack:
+                turns = self.llama(folder, stack) if kind == inference else None
+                ours = hub.load(folder, dtype=stored)
+                theirs = load_transformers(str(folder), stored) if "transformers" in self.asked.peers else None
+                for case in chosen:
+                    yield self.one(case, ours, theirs, turns)
+
+    def llama(self, folder: Path, stack: ExitStack) -> llamacpp.Turns | None:
+        if self.built is None:
+            return None
+        gguf = llamacpp.convert(self.built, folder, self.dtype)
+        return stack.enter_context(llamacpp.Turns(self.built, gguf, self.asked.threads))
+
+    def one(self, case: str, ours: Any, theirs: Any, turns: llamacpp.Turns | None) -> dict[str, Any]:
+        repeat, tokens = self.asked.repeat, case_tokens(case, self.vocab)
+        sides = {"ours": side(OURS, case, self.dtype, ours, self.vocab)}
+        if theirs is not None:
+            sides["transformers"] = side(TRANSFORMERS, case, self.dtype, theirs, self.vocab)
+        if turns is not None:
+            sides["llama.cpp"] = turns.side(case, tokens, repeat + 1)
+        found = row(case, self.name, self.dtype, sides, repeat)
+        if turns is not None and "red" not in found:
+            found["peers"]["llama.cpp"]["own_tool"] = round(turns.own_tool(case, tokens), 1)
+        return found
+
+
+def measure(cases: list[str], models: list[str], dtypes: list[str], asked: argparse.Namespace) -> Iterator[Any]:
+    """One row after the other."""
     if "train 8x256" in cases:
-        yield row("train 8x256", "tiny", "bf16", [tiny_training(build(TINY))], 4 * repeat)
-    inference = [case for case in cases if case.startswith(("prefill", "decode"))]
+        yield tiny_row(asked.peers, 4 * asked.repeat)
+    built = llamacpp.install(asked.cache, announce) if "llama.cpp" in asked.peers else None
     for name in models:
-        with tempfile.TemporaryDirectory() as folder:
-            hub.save(build(MODELS[name]), folder)
+        with tempfile.TemporaryDirectory() as place:
+            hub.save(build(MODELS[name]), place)
             for dtype in dtypes:
-                for stored, todo in ((DTYPES[dtype], inference), (torch.float32, CASES["train"])):
-                    chosen = [case for case in todo if case in cases]
-                    if not chosen:
-                        continue
-                    ours, peer = hub.load(folder, dtype=stored), load_peer(folder, stored)
-                    for case in chosen:
-                        yield row(case, name, dtype, sides(case, dtype, ours, peer), repeat)
-                    del ours, peer
+                yield from Bench(name, dtype, asked, built).rows(Path(place), cases)
+            yield from cpu_processes.rows(name, Path(place), cases, asked)
 
 
-def conditions() -> dict[str, Any]:
-    """Versions, hardware, threads, date."""
-    import transformers
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": names[0] if names else platform.processor(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+def announce(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def line(result: dict[str, Any]) -> str:
     """A row as text."""
-    head = f"{result['model']:7s} {result['dtype']:5s} {result['case']:13s}"
+    head = f"{result['model']:7s} {result['dtype']:5s} {result['case']:14s}"
     if "red" in result:
         return f"{head} RED: {result['red']}"
-    if "peer" not in result:
-        return f"{head} {result['ours']:9.1f} tok/s   {result['cpu_s']:.2f} s CPU"
-    return (
-        f"{head} {result['ours']:9.1f} tok/s against {result['peer']:9.1f}: {result['ratio']:5.2f}x wall, "
-        f"{result['cpu_ratio']:5.2f}x CPU ({result['cpu_s']:.2f} s CPU)"
-    )
+    if "text" in result:
+        return f"{head} {result['text']}"
+    peers = [
+        f"{name} {peer['speed']:.1f} ({peer['ratio']:.2f}x wall, {peer['cpu_ratio']:.2f}x CPU)"
+        for name, peer in result["peers"].items()
+    ]
+    return f"{head} {result['ours']:9.1f} tok/s ({result['cpu_s']:.2f} s CPU)   {'   '.join(peers)}"
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of ours over the peer's speed, one panel per dtype; 1 is the peer."""
+    """Bars of ours over a peer's speed, one panel per dtype and peer; 1 is the peer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if "ratio" in r]
-    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 3.6), sharey=True, squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes):
-        models = list(dict.fromkeys(r["model"] for r in rows))
-        cases = list(dict.fromkeys(r["case"] for r in rows))
-        for n, model in enumerate(models):
-            ratio = {r["case"]: r["ratio"] for r in rows if (r["model"], r["dtype"]) == (model, dtype)}
-            places = [place + 0.8 * n / len(models) for place in range(len(cases))]
-            bars = axis.bar(places, [ratio.get(case, 0) for case in cases], 0.75 / len(models), label=model)
-            axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(
-            [place + 0.4 - 0.4 / len(models) for place in range(len(cases))], cases, rotation=40, ha="right"
-        )
-        axis.set_title(dtype)
-        axis.legend(frameon=False)
-    axes[0][0].set_ylabel("speed, transformers = 1")
+    rows = [found for found in rows if found.get("peers") and found["model"] in MODELS]
+    panels = list(dict.fromkeys((found["dtype"], peer) for found in rows for peer in found["peers"]))
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axis, (dtype, peer) in zip(axes[0], panels):
+        panel(axis, [found for found in rows if found["dtype"] == dtype and peer in found["peers"]], peer)
+        axis.set_title(f"{dtype}, {peer} = 1")
+    axes[0][0].set_ylabel("speed of ours / speed of the peer")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def panel(axis: Any, rows: list[dict[str, Any]], peer: str) -> None:
+    models = list(dict.fromkeys(found["model"] for found in rows))
+    cases = list(dict.fromkeys(found["case"] for found in rows))
+    for n, model in enumerate(models):
+        ratio = {found["case"]: found["peers"][peer]["ratio"] for found in rows if found["model"] == model}
+        places = [place + 0.8 * n / len(models) for place in range(len(cases))]
+        bars = axis.bar(places, [ratio.get(case, 0) for case in cases], 0.75 / len(models), label=model)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.axhline(1, color="black", linewidth=0.8)
+    middle = 0.4 - 0.4 / len(models)
+    axis.set_xticks([place + middle for place in range(len(cases))], cases, rotation=40, ha="right")
+    axis.legend(frameon=False)
 
 
 def choice(allowed: list[str], text: str) -> list[str]:
@@ -361,28 +229,42 @@ def choice(allowed: list[str], text: str) -> list[str]:
     return asked
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", default="transformers", help="transformers")
+    parser.add_argument("--peers", default="transformers,trial", help=", ".join(PEERS))
     parser.add_argument("--cases", default="tiny,train,prefill,decode", help="kinds, or single cases as in the table")
-    parser.add_argument("--models", default="dense,moelat")
-    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--models", default="dense,moe,moelat")
+    parser.add_argument("--dtypes", default="bf16", help="fp32, bf16")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cache", type=Path, default=llamacpp.CACHE, help="folder in which llama.cpp is built, once")
     parser.add_argument("--keep-memory", action="store_true", help="freed memory stays with the process (both sides)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.png")
     asked = parser.parse_args()
-    choice(["transformers"], asked.peers)
+    asked.peers = choice([*PEERS], asked.peers)
+    return asked
+
+
+def main() -> int:
+    asked = arguments()
     single = [case for kind in CASES.values() for case in kind]
     cases = [case for word in choice([*CASES, *single], asked.cases) for case in (CASES.get(word) or (word,))]
+    models, dtypes = choice([*MODELS], asked.models), choice([*DTYPES], asked.dtypes)
     torch.set_num_threads(asked.threads)
     kept = asked.keep_memory and keep_freed_memory()
-    result: dict[str, Any] = {"conditions": conditions() | {"keep_memory": kept}, "rows": []}
+    conditions = environment() | {"isa": torch.backends.cpu.get_cpu_capability(), "keep_memory": kept}
+    conditions |= {"load_before": round(os.getloadavg()[0], 2)}
+    if "llama.cpp" in asked.peers:
+        conditions["llama.cpp"] = f"of llama-cpp-python {llamacpp.VERSION}"
+    result: dict[str, Any] = {"conditions": conditions, "rows": []}
     started = time.monotonic()
-    for found in measure(cases, choice([*MODELS], asked.models), choice([*DTYPES], asked.dtypes), asked.repeat):
-        result["rows"].append(found)
-        print(f"{time.monotonic() - started:5.0f} s  {line(found)}", file=sys.stderr, flush=True)
+    try:
+        for found in measure(cases, models, dtypes, asked):
+            result["rows"].append(found)
+            announce(f"{time.monotonic() - started:5.0f} s  {line(found)}")
+    except Refusal as problem:
+        raise SystemExit(f"cpu.py: {problem}") from None
     if asked.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{asked.save}.json").write_text(json.dumps(result, indent=2) + "\n")
