@@ -39,12 +39,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "make: $(PYTHON) cannot make a virtual environment; next: install its venv package (python3-venv)"; exit 2; }
 
-# The stamps are renewed when pyproject.toml changes, and only then.
-$(VENV)/installed: pyproject.toml | $(BIN)/python
+# The stamps are renewed when pyproject.toml or the kernels change, and only then.
+SOURCES := pyproject.toml hatch_build.py $(wildcard src/trimaran/ops/kernels/*.h src/trimaran/ops/kernels/*.cpp)
+
+$(VENV)/installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install -e .
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/installed-dev: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch $(VENV)/installed $@
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from trimaran.engine.pages import STEPPED_BYTES, STEPS, Memory, Sequence, Stack
-from trimaran.engine.reach import Plan, Rules, Span, neighbours, plan
+from trimaran.engine.reach import Plan, Rules, Span, neighbours, plan, shared_runs
 from trimaran.model.layout import Layout
-from trimaran.model.state import Convolution
-from trimaran.ops import conv, ssd
+from trimaran.model.state import Convolution, Mixer
+from trimaran.ops import conv, native, ssd
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.ops.rounding import chances, key_of, stochastic_round
 
@@ -158,6 +158,25 @@ class PagedState:
             if segment.trial:
                 self._move(segment.sequence, before + kept)
 
+    @cached_property
+    def apart(self) -> native.Table | None:
+        """Where each sequence's keys lie, for passes of few tokens that share no keys worth reading once."""
+        few = max(span.count for span in self.spans) <= STEPS
+        chosen = self.rules.ragged == "auto" and self.rules.sharing != "always" and self.memory.device.type == "cpu"
+        if not few or not chosen or any(True for _ in shared_runs(self.spans, self.rules)):
+            return None
+        starts = [[page * self.rules.page for page in span.pages] for span in self.spans]
+        counts, before = [span.count for span in self.spans], [span.before for span in self.spans]
+        return native.table(starts, counts, before, self.rules.page, self.shift)
+
+    def bytes_apart(self, window: int | None) -> int:
+        """Bytes of keys and values that a layer reads where each sequence reads its own."""
+        keys = sum(
+            span.before + span.count if window is None else min(span.before, window - 1) + span.count
+            for span in self.spans
+        )
+        return keys * self.rules.key_bytes
+
     def plan(self, window: int | None) -> Plan:
         """What attention layers with this window read, worked out once for all of them."""
         if window not in self._plans:
@@ -186,6 +205,10 @@ class PagedAttention:
         assert self.view.written is not None
         self.k_SGK[self.view.written] = k_BTGK[0]
         self.v_SGK[self.view.written] = v_BTGK[0]
+        at = self.view.apart
+        if at is not None and native.takes_attention(q_BTHK[0], self.k_SGK, self.v_SGK, at.most):
+            self.view.memory.bytes_read += self.view.bytes_apart(window)
+            return native.attend(q_BTHK[0], self.k_SGK, self.v_SGK, at, window, scale)[None]
         out_NHK, count = self.view.plan(window).read(q_BTHK[0], self.k_SGK, self.v_SGK, scale)
         self.view.memory.bytes_read += count
         return out_NHK[None]
@@ -268,6 +291,29 @@ class PagedMamba:
         self.tail, self.ssm = view.memory.tail[layer], view.memory.ssm[layer]
         self.trials: dict[int, Written] = {}
 
+    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
+        """Passes of single tokens and of short trials: each group in one call, its slots wherever they are."""
+        groups = self.view.groups
+        if not all(self._steps(group) if group.trial else group.count == 1 for group in groups):
+            return None
+        if not mixer.takes(projected_BTC, self.tail, self.ssm):
+            return None
+        out_1NC = None
+        for number, group in enumerate(groups):
+            projected_SKC, tail, ssm, slots = group.take(projected_BTC), self.tail, self.ssm, None
+            if isinstance(group.slots, slice):
+                tail, ssm = tail[group.slots], ssm[group.slots]
+            else:
+                slots = group.slots
+            y_SKC, states_KSHPN = mixer.few(projected_SKC, tail, ssm, slots, group.trial)
+            if group.trial:
+                inner = y_SKC.shape[-1]
+                inputs_SKC = projected_SKC[..., inner : inner + tail.shape[-1]]
+                window_SXC = conv.join_tail(inputs_SKC, tail.shape[1] + 1, tail if slots is None else tail[slots])
+                self.trials[number] = Written(window_SXC, states_KSHPN)
+            out_1NC = self._place(y_SKC, group, out_1NC)
+        return out_1NC
+
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The short convolution behind each slot's tail."""
         out_1NC = None
@@ -301,7 +347,7 @@ class PagedMamba:
         for number, group in enumerate(self.view.groups):
             x, dt, B, C = (group.take(t) for t in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
             before_SHPN = self._load(group)
-            if group.trial and self._steps(group, before_SHPN):
+            if group.trial and self._steps(group):
                 y_SKHP, self.trials[number].states_KSHPN = ssd.ssd_steps(x, dt, A_H, B, C, before_SHPN)
             elif group.trial:
                 written = self.trials[number]
@@ -321,9 +367,9 @@ class PagedMamba:
         assert out_1NHP is not None
         return out_1NHP
 
-    def _steps(self, group: Group, state_SHPN: Tensor) -> bool:
+    def _steps(self, group: Group) -> bool:
         """Whether a trial keeps the state after each of its tokens; else it moves the state once, when it is kept."""
-        each = state_SHPN.nbytes // len(group.order)
+        each = self.ssm[0].numel() * torch.promote_types(self.ssm.dtype, torch.float32).itemsize
         return group.count <= STEPS and self.view.stepped * each <= STEPPED_BYTES
 
     def keep(self, counts: abc.Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trimaran.ops import rope
+from trimaran.ops import native, rope
 
 PADDING = -1  # the document id that marks padding
 
@@ -35,6 +35,7 @@ class Layout:
     first_BT: Tensor | None = None
     last_id_B: Tensor | None = None  # document id of each row after this pass
     order_BT: Tensor | None = None
+    _rows: dict[int, native.Table] = field(default_factory=dict)
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[float, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -78,6 +79,15 @@ class Layout:
         if key not in self._tables:
             self._tables[key] = rope.rotary_table(self.positions_BT(), freq_K, dtype)
         return self._tables[key]
+
+    def rows_in(self, capacity: int) -> native.Table:
+        """Where each row's keys lie in buffers [B, capacity, ...], computed once for all layers of that capacity."""
+        if capacity not in self._rows:
+            assert self.start is not None
+            starts = [[row * capacity] for row in range(self.batch)]
+            counts, before = [self.length] * self.batch, [self.start] * self.batch
+            self._rows[capacity] = native.table(starts, counts, before, capacity)
+        return self._rows[capacity]
 
     def mask(self, keys: int, window: int | None = None, first: int = 0) -> tuple[Tensor | None, bool]:
         """Which of the keys first .. keys each token may see, as (mask, causal) for ops.attention."""

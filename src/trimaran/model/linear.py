@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimaran.model.scale import Scale
-from trimaran.ops import experts
+from trimaran.ops import experts, native
+from trimaran.ops.linear import linear
 from trimaran.ops.loss import Stretch
 from trimaran.ops.numbers import at_least_fp32
 
@@ -23,7 +24,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
@@ -49,6 +50,15 @@ class StackedLinear(nn.Module):
         return f"{self.count} x ({self.in_features} -> {self.out_features})"
 
 
+def few_through(up: nn.Module, down: nn.Module, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor | None:
+    """The weighted sum of a few tokens' relu^2 experts in one call [M, I]; None where no kernel knows the case."""
+    if type(up) is not StackedLinear or type(down) is not StackedLinear:  # rewritten: its own forward counts
+        return None
+    if not native.takes_experts(x_MI, ids_MK, up.weight, down.weight):
+        return None
+    return native.experts(x_MI, ids_MK, weights_MK, up.weight, down.weight)
+
+
 class Embedding(nn.Module):
     """A row of W [vocab, D] per token. `stretch`: the ids whose rows are here; None: all."""
 
@@ -64,7 +74,7 @@ class Embedding(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden . row for every row: what a tied head computes."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
 
 class Head(Linear):

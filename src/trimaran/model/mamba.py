@@ -15,7 +15,7 @@ from trimaran.model.linear import Linear
 from trimaran.model.norm import GatedRMSNorm
 from trimaran.model.scale import Scale
 from trimaran.model.state import MambaMemory
-from trimaran.ops import conv, ssd
+from trimaran.ops import conv, native, ssd
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -63,6 +63,10 @@ class Mamba(nn.Module):
         projected = self.in_proj(x_BTD)
         if self.s_in is not None:
             projected = self.s_in(projected)
+        if state is not None:
+            done_BTC = state.mix(self, projected, layout)
+            if done_BTC is not None:
+                return self.out_proj(done_BTC)
         z_BTC, inputs_BTC, dt_BTH = projected.split([self.width, self.conv_width, self.heads], -1)
         if state is None:
             mixed_BTC = self.conv1d(inputs_BTC, None, layout.seg_BT)
@@ -76,8 +80,45 @@ class Mamba(nn.Module):
         if real_BT is not None:
             dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
         y_BTHP = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, layout, state)
+        own = self.norm
+        if type(own) is GatedRMSNorm and native.takes_gated_norm(y_BTHP, xs_BTC, z_BTC):
+            return self.out_proj(native.gated_norm(y_BTHP, xs_BTC, self.D, z_BTC, own.weight, own.groups, own.eps))
         y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
+
+    def takes(self, projected_SKC: Tensor, tail_SWC: Tensor, ssm_SHPN: Tensor) -> bool:
+        """Whether `few` knows these tokens and this memory (ops.native)."""
+        conv1d, norm = self.conv1d, self.norm
+        if type(conv1d) is not CausalConv or type(norm) is not GatedRMSNorm or norm.groups != self.groups:
+            return False
+        same = [t for t in (conv1d.weight, conv1d.bias, norm.weight) if t is not None]
+        return native.takes_mamba(projected_SKC, tail_SWC, ssm_SHPN, (self.A_log, self.D, self.dt_bias), same)
+
+    def few(
+        self,
+        projected_SKC: Tensor,
+        tail_SWC: Tensor,
+        ssm_SHPN: Tensor,
+        slots_S: Tensor | None = None,
+        trial: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections for K tokens of S documents, in one call: see ops.native.mamba."""
+        conv1d, norm = self.conv1d, self.norm
+        return native.mamba(
+            projected_SKC,
+            tail_SWC,
+            ssm_SHPN,
+            slots_S,
+            self.groups,
+            conv1d.weight,
+            conv1d.bias,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            norm.weight,
+            norm.eps,
+            trial,
+        )
 
     def scan(
         self,

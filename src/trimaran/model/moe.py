@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from trimaran.model.config import ModelConfig
 from trimaran.model.feedforward import FeedForward, activate
 from trimaran.model.layout import Layout
-from trimaran.model.linear import Linear, StackedLinear
-from trimaran.ops import experts
+from trimaran.model.linear import Linear, StackedLinear, few_through
+from trimaran.ops import experts, native
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -59,6 +59,11 @@ class Router(nn.Module):
     def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [tokens, D] -> scores [tokens, E], chosen ids [tokens, k], weights [tokens, k]."""
         config = self.config
+        if config.router == "sigmoid" and config.n_group == config.topk_group:
+            bias_E = self.e_score_correction_bias
+            if native.takes_router(x_MD, self.weight, bias_E):
+                k, factor = config.num_experts_per_tok, config.routed_scaling_factor
+                return native.route(x_MD, self.weight, bias_E, k, config.norm_topk_prob, factor)
         device = x_MD.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits_ME = F.linear(at_least_fp32(x_MD), at_least_fp32(self.weight))
@@ -100,6 +105,10 @@ class Experts(nn.Module):
         self.down_proj = StackedLinear(count, hidden, width)
 
     def forward(self, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            done_MI = few_through(self.up_proj, self.down_proj, x_MI, ids_MK, weights_MK)
+            if done_MI is not None:
+                return done_MI
         plan = experts.plan(ids_MK, weights_MK, self.count, self.numbers)
         routed = experts.to_experts(x_MI, plan)
         gate = None if self.gate_proj is None else self.gate_proj(routed, plan)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.layout import Layout, lay_out
-from trimaran.ops import conv, ssd
+from trimaran.ops import conv, native, ssd
 from trimaran.ops.attention import attention, merge, partial_attention
 from trimaran.ops.numbers import at_least_fp32
 
@@ -36,6 +36,21 @@ class Convolution(Protocol):
     def few(self, x_BTC: Tensor, tail_BWC: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def __call__(self, x_BTC: Tensor, tail_BWC: Tensor | None, seg_BT: Tensor | None) -> Tensor: ...
+
+
+class Mixer(Protocol):
+    """A Mamba layer that may do a few tokens at once between its projections."""
+
+    def takes(self, projected_SKC: Tensor, tail_SWC: Tensor, ssm_SHPN: Tensor) -> bool: ...
+
+    def few(
+        self,
+        projected_SKC: Tensor,
+        tail_SWC: Tensor,
+        ssm_SHPN: Tensor,
+        slots_S: Tensor | None = None,
+        trial: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class AttentionMemory(Protocol):
@@ -56,7 +71,14 @@ class AttentionMemory(Protocol):
 
 
 class MambaMemory(Protocol):
-    """What a Mamba layer asks of its memory, in this order, once per pass."""
+    """What a Mamba layer asks of its memory, in this order, once per pass; the last two where `mix` gives nothing."""
+
+    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
+        """All between the projections in one call per batch of tokens [B, T, H P], where the mixer and the pass allow.
+
+        None, and nothing has moved, where they do not.
+        """
+        ...
 
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The short convolution behind the remembered inputs, which move on: [B, T, C]."""
@@ -126,6 +148,11 @@ class AttentionState:
         """Stores the pass's keys and values and looks at all `keys` that queries may see."""
         self.k = self._write(self.k, k_BTGK, layout, keys)
         self.v = self._write(self.v, v_BTGK, layout, keys)
+        if layout.keys is not None and layout.first_BT is None:
+            pools = self.k.flatten(0, 1), self.v.flatten(0, 1)
+            if native.takes_attention(q_BTHK, *pools, layout.length):
+                at = layout.rows_in(self.k.shape[1])
+                return native.attend(q_BTHK.flatten(0, 1), *pools, at, window, scale).view_as(q_BTHK)
         k_BSGK, v_BSGK = self.k[:, :keys], self.v[:, :keys]
         if layout.goes_on and window is None and q_BTHK.device.type == "cpu" and not torch.is_grad_enabled():
             # Past and block apart: the kernel skips what causality hides, but not what a mask hides.
@@ -200,6 +227,14 @@ class MambaState:
         self.tail = torch.zeros(batch, config.conv_kernel - 1, config.conv_width, device=device, dtype=dtype)
         self.ssm = at_least_fp32(torch.zeros(batch, heads, width, size, device=device, dtype=dtype))
         self.ring: Ring | None = None
+
+    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
+        """One token of a running document per row, outside of a trial: tail and state move on in place."""
+        if self.ring is not None or not is_step(layout) or self.ssm.requires_grad or self.tail.requires_grad:
+            return None
+        if not mixer.takes(projected_BTC, self.tail, self.ssm):
+            return None
+        return mixer.few(projected_BTC, self.tail, self.ssm)[0]
 
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The convolution behind the tail, which moves on; during a trial the inputs are noted too."""

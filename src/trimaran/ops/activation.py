@@ -6,9 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops import backend, native
+
 
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2."""
+    if not backend.allowed("torch.relu2"):
+        return relu2_reference(x)
+    if native.runs("native.relu2", x):
+        return native.relu2(x)
     return ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
 
 

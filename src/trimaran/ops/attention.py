@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops import backend
 from trimaran.ops.numbers import at_least_fp32
 
 SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
@@ -25,6 +26,8 @@ def attention(
     mask_BTS: True where query t may see key s; may lack the batch axis ([T, S]); None: all keys, or only those up to
     the query's own index when `causal` (needs T == S). Where T == S no mask may reach past the query's own index.
     """
+    if not backend.allowed("torch.attention"):
+        return attention_reference(q_BTHK, k_BSGK, v_BSGK, mask_BTS, causal, scale)
     if mask_BTS is not None and mask_BTS.ndim == 3:
         mask_BTS = mask_BTS.unsqueeze(1)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BTHK, k_BSGK, v_BSGK))
@@ -109,6 +112,8 @@ def partial_attention(
 
 def plain_products(q_BTHK: Tensor, k_BSGK: Tensor) -> bool:
     """Whether two plain products are quicker than a CPU's fused kernel, which reads keys again for every head."""
+    if not backend.allowed("torch.attention"):
+        return True
     few = q_BTHK.shape[0] == 1 and q_BTHK.shape[1] <= FEW
     return q_BTHK.device.type != "cpu" or (few and k_BSGK.shape[1] * k_BSGK.shape[3] > WIDE)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops import backend, native
 from trimaran.ops.blocks import blocks
 from trimaran.ops.numbers import at_least_fp32
 
@@ -53,7 +54,22 @@ def causal_conv_silu(
     seg_BT: Tensor | None = None,
 ) -> Tensor:
     """silu(causal_conv(...)), in x's dtype."""
+    if not backend.allowed("torch.conv"):
+        return causal_conv_silu_reference(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
     return CausalConvSiLU.apply(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
+
+
+def causal_conv_silu_reference(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    tail_BWC: Tensor | None = None,
+    seg_BT: Tensor | None = None,
+) -> Tensor:
+    """The same, as the formula stands, with sums in at least fp32."""
+    x, weight, bias, tail = (t if t is None else at_least_fp32(t) for t in (x_BTC, weight_CW, bias_C, tail_BWC))
+    assert x is not None and weight is not None
+    return F.silu(causal_conv(x, weight, bias, tail, seg_BT)).to(x_BTC.dtype)
 
 
 def causal_conv_silu_few(
@@ -85,8 +101,10 @@ class CausalConvSiLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, seg: Tensor | None
     ) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         ctx.save_for_backward(x, weight, bias, tail, seg)
+        if native.takes_conv(x, tail, weight.shape[1]):
+            return native.conv_silu(x, weight, bias, tail, seg)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         weight_WC = at_least_fp32(weight).t().contiguous()
         seg_padded = None if seg is None else F.pad(seg, (weight.shape[1] - 1, 0))
         for part in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):

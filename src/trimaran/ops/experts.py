@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops import backend
 from trimaran.ops.numbers import at_least_fp32
 
 CALL = 100_000  # multiply-adds that a CPU's core could do while one call starts
@@ -82,6 +83,8 @@ def worth_everyone(tokens: int, k: int, experts: int, numbers: int) -> bool:
 def plan(ids_MK: Tensor, weights_MK: Tensor, experts: int, numbers: int) -> Plan:
     """How tokens get to the experts that they have chosen, whose maps have `numbers` weights each."""
     tokens, k = ids_MK.shape
+    if not backend.allowed("torch.experts"):
+        return dispatch(ids_MK, weights_MK, experts)
     if not torch.is_grad_enabled() and ids_MK.device.type == "cpu" and worth_everyone(tokens, k, experts, numbers):
         return Everyone(weights_MK.new_zeros(tokens, experts).scatter_(1, ids_MK, weights_MK))
     return dispatch(ids_MK, weights_MK, experts, alignment(ids_MK.numel(), experts))
@@ -91,7 +94,7 @@ def to_experts(x_MI: Tensor, plan: Plan) -> Tensor:
     """Rows in expert order [S, I], or as they are where all go to everyone."""
     if isinstance(plan, Everyone):
         return x_MI
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not backend.allowed("torch.experts"):
         return x_MI.index_select(0, plan.token_S)
     return ToExperts.apply(x_MI, plan.token_S, plan.slot_MK)
 
@@ -107,6 +110,8 @@ def from_experts(y: Tensor, plan: Plan) -> Tensor:
     """sum_k weight * row of each token's choices, in the weights' dtype: [tokens, O]."""
     if isinstance(plan, Everyone):
         return (y * plan.weight_ME.t()[..., None]).sum(0)
+    if not backend.allowed("torch.experts"):
+        return (y[plan.slot_MK] * plan.weight_MK[..., None]).sum(1)
     return FromExperts.apply(y, plan.slot_MK, plan.weight_MK)
 
 
@@ -156,7 +161,7 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     few = x_SI.shape[0] <= 2 * weight_EOI.shape[0]
     # The grouped kernel has no fp64, and wants rows that begin at multiples of 16 bytes.
     odd = any(width * x_SI.element_size() % 16 for width in weight_EOI.shape[1:])
-    if few or odd or x_SI.dtype == torch.float64:
+    if few or odd or x_SI.dtype == torch.float64 or not backend.allowed("torch.experts"):
         return grouped_linear_reference(x_SI, weight_EOI, count_E)
     return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=count_E.cumsum(0).to(torch.int32))
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimaran.ops import backend
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -40,6 +41,8 @@ def cross_entropy(
     hidden_MD: final hidden vectors; targets_M: token ids (ignored where the weight is 0); weights_M: loss weights, no
     gradient. chunk: rows whose logits exist at once.
     """
+    if not backend.allowed("torch.loss") and getattr(head, "stretch", None) is None:
+        return cross_entropy_reference(hidden_MD, head, targets_M, weights_M)
     parameters = [p for p in head.parameters() if p.requires_grad]
     return ChunkedCrossEntropy.apply(hidden_MD, head, targets_M, weights_M, chunk, *parameters)
 

@@ -11,6 +11,7 @@ for backward, and the sequential state pass costs nothing extra. Formulas and sh
 the chunk is  y = M W + r (C S^T),  S' = e S + (l W)^T B,  and backward runs the chunks in reverse with dS.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimaran.ops import native
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -119,6 +121,12 @@ class ChunkedScan(torch.autograd.Function):
         groups, size = B.shape[2:]
         dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
         dt, A_H = at_least_fp32(dt), at_least_fp32(A_H)
+        wanted = any(ctx.needs_input_grad)
+        if native.takes_scan(x, dt, B, C, chunk):
+            y, last, befores = native.scan(x, dt, A_H, B, C, state, seg, chunk, wanted)
+            if befores is not None:
+                keep_for_backward(ctx, (x, dt, A_H, B, C, seg), befores.unbind(0), chunk, state)
+            return y, last
         S_BHPN = x.new_zeros(batch, heads, width, size, dtype=wide) if state is None else state.to(wide)
         y = torch.empty(x.shape, dtype=wide, device=x.device)
         before = []
@@ -130,10 +138,8 @@ class ChunkedScan(torch.autograd.Function):
             left_BGQU = by_group((c.write_BHQP * c.l_BHQ[..., None]).to(dtype), groups)
             added_BHPN = (left_BGQU.transpose(-1, -2) @ c.B_BGQN).view(S_BHPN.shape)
             S_BHPN = torch.addcmul(at_least_fp32(added_BHPN), S_BHPN, c.e_BH[..., None, None])
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, dt, A_H, B, C, seg, *before)
-            ctx.chunk, ctx.carried, ctx.dtypes = chunk, state is not None, None if state is None else state.dtype
-            ctx.set_materialize_grads(False)
+        if wanted:
+            keep_for_backward(ctx, (x, dt, A_H, B, C, seg), before, chunk, state)
         return y, S_BHPN
 
     @staticmethod
@@ -169,6 +175,15 @@ class ChunkedScan(torch.autograd.Function):
             dB[:, part], dC[:, part] = dB_BGQN.transpose(1, 2), dC_BGQN.transpose(1, 2)
         dstate = dS_BHPN.to(ctx.dtypes) if ctx.carried else None
         return dx, ddt, dA_H, dB, dC, dstate, None, None
+
+
+def keep_for_backward(
+    ctx: Any, inputs: Sequence[Tensor | None], before: Sequence[Tensor], chunk: int, state: Tensor | None
+) -> None:
+    """The inputs and the state before each chunk: all the rest is made again."""
+    ctx.save_for_backward(*inputs, *before)
+    ctx.chunk, ctx.carried, ctx.dtypes = chunk, state is not None, None if state is None else state.dtype
+    ctx.set_materialize_grads(False)
 
 
 def within_backward(c: Chunk, dy_BHQP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

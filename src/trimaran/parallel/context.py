@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trimaran.errors import Refusal
 from trimaran.model.layout import Layout, lay_out
-from trimaran.model.state import Convolution, PassMemory
+from trimaran.model.state import Convolution, Mixer, PassMemory
 from trimaran.ops import ssd
 from trimaran.ops.attention import attention, attention_of_last
 from trimaran.ops.numbers import at_least_fp32
@@ -148,6 +148,9 @@ class Piece(PassMemory):
                 parts.append(attention_of_last(q_BTHK1[:, start:stop], k_BSGK1[:, keys], v_BSGK1[:, keys], scale))
             rows.append(torch.cat(parts, 1))
         return torch.cat(rows)
+
+    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> None:
+        """Nothing at once: tails and states come from other processes."""
 
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The short convolution behind the last inputs of earlier pieces."""

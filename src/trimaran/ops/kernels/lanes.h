@@ -1,0 +1,111 @@
+// Sixteen lanes of fp32, and bf16 in pairs: what the kernels are written in.
+//
+// GCC's and clang's vector extensions carry one source to AVX-512, AVX2 and NEON; where the processor multiplies bf16
+// itself, `dot2` says so. Sums are fp32 everywhere. bf16 is rounded to nearest even, as torch does.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+struct bf16 {
+    uint16_t bits;
+};
+
+static const int LANES = 16;
+
+static inline vf all(float x) { return x - (vf){}; }
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+static inline float widen(float x) { return x; }
+
+static inline void put(float *to, float x) { *to = x; }
+static inline void put(bf16 *to, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline vf load(const float *from) {
+    vf out;
+    memcpy(&out, from, sizeof out);
+    return out;
+}
+static inline vf load(const bf16 *from) {
+    vh half;
+    memcpy(&half, from, sizeof half);
+    return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+static inline void store(float *to, vf x) { memcpy(to, &x, sizeof x); }
+static inline void store(bf16 *to, vf x) {
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &half, sizeof half);
+#else
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    vi odd = x != x;
+    rounded = (rounded & ~(vu)odd) | (0x7fc0 & (vu)odd);
+    vh half = __builtin_convertvector(rounded, vh);
+    memcpy(to, &half, sizeof half);
+#endif
+}
+
+static inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+
+static inline float sum(vf x) {
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    half h[2];
+    memcpy(h, &x, sizeof h);
+    h[0] += h[1];
+    quarter q[2];
+    memcpy(q, h, sizeof q);
+    q[0] += q[1];
+    return q[0][0] + q[0][2] + (q[0][1] + q[0][3]);
+}
+
+// exp, within 2 ulp; 0 below the smallest normal number, infinity above the largest. NaN stays NaN.
+static inline vf vexp(vf x) {
+    const vf high = all(88.7228f), low = all(-87.3365f);
+    vf inside = select(x > high, high, select(x < low, low, x));
+    vf scaled = inside * 1.44269504f;
+    vi whole = __builtin_convertvector(scaled + select(scaled < 0, all(-0.5f), all(0.5f)), vi);
+    vf n = __builtin_convertvector(whole, vf);
+    vf r = inside - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    // Two steps, so that 2^128 and the smallest numbers do not leave the exponent's range on the way.
+    vi half = whole >> 1;
+    vf y = p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+    y = select(x > high, all(INFINITY), select(x < low, all(0.0f), y));
+    return select(x != x, x, y);
+}
+static inline vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
+
+// acc + the products of pairs of bf16, lane by lane. Each 32-bit lane of a and b holds two neighbours.
+static inline vf dot2(vf acc, vu a, vu b) {
+#ifdef __AVX512BF16__
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc += (vf)(a << 16) * (vf)(b << 16);
+    return acc + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+}

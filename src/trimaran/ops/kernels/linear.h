@@ -1,0 +1,163 @@
+// y = x W^T for few rows: what decoding spends its time on. Weights are read once, in the order they lie in memory.
+//
+//   up to 8 rows   rows of W against rows of x, sixteen (thirty-two bf16) numbers of the inner axis at a time
+//   more           x turned once, so that lanes are rows of x; every number of W is broadcast to them
+//
+// `rows` points at each row of x, so that experts read their tokens where they lie.
+#pragma once
+#include "lanes.h"
+
+static const int SIDE = 4, FEW = 8, COLUMNS = 32;
+static const int AHEAD = 8;  // rows of W between use and prefetch: memory is slower than the products
+
+// What the two number formats do differently: fp32 steps over one number of the inner axis, bf16 over a pair.
+template <class T> struct Inner;
+template <> struct Inner<float> {
+    static const int NUMBERS = 1;
+    static inline vf step(vf acc, const float *a, const float *b) { return acc + load(a) * load(b); }
+    static inline vf spread(vf acc, const float *w, const uint32_t *x) {
+        vf lanes;
+        memcpy(&lanes, x, sizeof lanes);
+        return acc + *w * lanes;
+    }
+};
+template <> struct Inner<bf16> {
+    static const int NUMBERS = 2;
+    static inline vf step(vf acc, const bf16 *a, const bf16 *b) {
+        vu x, y;
+        memcpy(&x, a, sizeof x);
+        memcpy(&y, b, sizeof y);
+        return dot2(acc, x, y);
+    }
+    static inline vf spread(vf acc, const bf16 *w, const uint32_t *x) {
+        vu lanes;
+        uint32_t pair;
+        memcpy(&lanes, x, sizeof lanes);
+        memcpy(&pair, w, sizeof pair);
+        return dot2(acc, pair - (vu){}, lanes);
+    }
+};
+
+static inline float relu2(float x) { return x != x ? x : x > 0 ? x * x : 0; }
+
+template <class T, class Out> struct Product {
+    const T *const *rows;  // of x, `inner` numbers each
+    const T *weight;       // [outputs, inner]
+    Out *const *out;       // a row per row of x
+    int64_t count, inner;
+    bool squared;  // relu(y)^2
+
+    void emit(int64_t row, int64_t column, float value) const {
+        put(out[row] + column, value);  // rounded first, as where the square is a step of its own
+        if (squared) put(out[row] + column, relu2(widen(out[row][column])));
+    }
+
+    template <int R, int W> void dots(int64_t row, int64_t column) const {
+        const int STEP = LANES * Inner<T>::NUMBERS;
+        vf acc[R][W] = {};
+        int64_t k = 0;
+        for (; k + STEP <= inner; k += STEP)
+            for (int w = 0; w < W; w++) {
+                __builtin_prefetch(weight + (column + w + AHEAD) * inner + k, 0, 2);
+                for (int r = 0; r < R; r++)
+                    acc[r][w] = Inner<T>::step(acc[r][w], rows[row + r] + k, weight + (column + w) * inner + k);
+            }
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) {
+                float total = sum(acc[r][w]);
+                for (int64_t i = k; i < inner; i++)
+                    total += widen(rows[row + r][i]) * widen(weight[(column + w) * inner + i]);
+                emit(row + r, column + w, total);
+            }
+    }
+
+    template <int R> void across(int64_t row, int64_t from, int64_t to) const {
+        int64_t column = from;
+        for (; column + SIDE <= to; column += SIDE) dots<R, SIDE>(row, column);
+        for (; column < to; column++) dots<R, 1>(row, column);
+    }
+
+    // Rows [first, first + taken) as lanes, for steps [from, to) of the inner axis: turned[step][lane].
+    void turn(int64_t first, int64_t taken, int64_t lanes, int64_t from, int64_t to, uint32_t *turned) const {
+        for (int64_t k = from; k < to; k++)
+            for (int64_t lane = 0; lane < lanes; lane++) {
+                uint32_t bits = 0;
+                if (lane < taken) memcpy(&bits, rows[first + lane] + k * Inner<T>::NUMBERS, sizeof bits);
+                turned[k * lanes + lane] = bits;
+            }
+    }
+
+    template <int V, int W> void spread(int64_t first, int64_t taken, const uint32_t *turned, int64_t column) const {
+        vf acc[W][V] = {};
+        const T *w = weight + column * inner;
+        for (int64_t k = 0; k < steps(); k++) {
+            if (k % LANES == 0)
+                for (int i = 0; i < W; i++) __builtin_prefetch(w + (i + W) * inner + k * Inner<T>::NUMBERS, 0, 2);
+            for (int i = 0; i < W; i++)
+                for (int v = 0; v < V; v++)
+                    acc[i][v] = Inner<T>::spread(acc[i][v], w + i * inner + k * Inner<T>::NUMBERS, turned + (k * V + v) * LANES);
+        }
+        for (int i = 0; i < W; i++)
+            for (int64_t lane = 0; lane < taken; lane++) emit(first + lane, column + i, acc[i][lane / LANES][lane % LANES]);
+    }
+
+    template <int V> void spread_all(int64_t first, int64_t taken, const uint32_t *turned, int64_t from, int64_t to) const {
+        const int W = V == 1 ? 16 : 8;
+        int64_t column = from;
+        for (; column + W <= to; column += W) spread<V, W>(first, taken, turned, column);
+        for (; column < to; column++) spread<V, 1>(first, taken, turned, column);
+    }
+
+    // Output columns [from, to) of all rows, four rows at a time.
+    void dotted(int64_t from, int64_t to) const {
+        int64_t row = 0;
+        for (; row + 4 <= count; row += 4) across<4>(row, from, to);
+        switch (count - row) {
+        case 3: return across<3>(row, from, to);
+        case 2: return across<2>(row, from, to);
+        case 1: return across<1>(row, from, to);
+        }
+    }
+
+    // Output columns [from, to) of all rows; `turned`: as `turns` has left them.
+    void columns(int64_t from, int64_t to, const uint32_t *turned) const {
+        if (!by_lanes()) return dotted(from, to);
+        for (int64_t first = 0; first < count; first += COLUMNS) {
+            int64_t taken = count - first < COLUMNS ? count - first : COLUMNS;
+            const uint32_t *part = turned + first * steps();
+            if (taken > LANES)
+                spread_all<2>(first, taken, part, from, to);
+            else
+                spread_all<1>(first, taken, part, from, to);
+        }
+    }
+
+    bool by_lanes() const { return count > FEW && inner % Inner<T>::NUMBERS == 0; }
+
+    // Steps [from, to) of the inner axis of all rows, turned.
+    void turns(int64_t from, int64_t to, uint32_t *turned) const {
+        for (int64_t first = 0; first < count; first += COLUMNS) {
+            int64_t taken = count - first < COLUMNS ? count - first : COLUMNS;
+            turn(first, taken, taken > LANES ? COLUMNS : LANES, from, to, turned + first * steps());
+        }
+    }
+
+    int64_t steps() const { return inner / Inner<T>::NUMBERS; }
+};
+
+// All of it, by all threads. `turned`: 4 bytes for each of the rows, rounded up to 32, and each step of the inner axis.
+template <class T, class Out> static void linear(const Product<T, Out> &p, int64_t outputs, uint32_t *turned) {
+    const int BLOCK = 32;
+    int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
+#pragma omp parallel if (outputs * p.inner > 1 << 15)
+    {
+        if (p.by_lanes()) {
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < p.steps(); k += BLOCK)
+                p.turns(k, k + BLOCK < p.steps() ? k + BLOCK : p.steps(), turned);
+        }
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < blocks; b++)
+            p.columns(b * BLOCK, (b + 1) * BLOCK < outputs ? (b + 1) * BLOCK : outputs, turned);
+    }
+}
