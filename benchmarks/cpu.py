@@ -16,9 +16,12 @@ processes, see cpu_processes.py.
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +50,7 @@ from cpu_sides import (
 from trimaran.errors import Refusal
 from trimaran.model import hub
 from trimaran.model.hybrid import build
+from trimaran.ops import backend
 from trimaran.ops.memory import keep_freed_memory
 from trimaran.report import environment
 
@@ -157,6 +161,8 @@ class Bench:
 
 def measure(cases: list[str], models: list[str], dtypes: list[str], asked: argparse.Namespace) -> Iterator[Any]:
     """One row after the other."""
+    if "transformers" in asked.peers:
+        install_transformers()
     if "train 8x256" in cases:
         yield tiny_row(asked.peers, 4 * asked.repeat)
     built = llamacpp.install(asked.cache, announce) if "llama.cpp" in asked.peers else None
@@ -166,6 +172,14 @@ def measure(cases: list[str], models: list[str], dtypes: list[str], asked: argpa
             for dtype in dtypes:
                 yield from Bench(name, dtype, asked, built).rows(Path(place), cases)
             yield from cpu_processes.rows(name, Path(place), cases, asked)
+
+
+def install_transformers() -> None:
+    """Into this environment, and only where there is none."""
+    if importlib.util.find_spec("transformers") is None:
+        announce("transformers: installing the newest with pip")
+        subprocess.run([sys.executable, "-m", "pip", "install", "transformers>=5"], check=True, stdout=sys.stderr)
+        importlib.invalidate_caches()
 
 
 def announce(text: str) -> None:
@@ -237,6 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", default="bf16", help="fp32, bf16")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--backend", default="auto", help="which fast forms of ours may run, as ops.backend has it")
     parser.add_argument("--cache", type=Path, default=llamacpp.CACHE, help="folder in which llama.cpp is built, once")
     parser.add_argument("--keep-memory", action="store_true", help="freed memory stays with the process (both sides)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -246,28 +261,31 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
+def conditions(asked: argparse.Namespace) -> dict[str, Any]:
+    """Versions, machine, settings."""
+    found = environment() | {"isa": torch.backends.cpu.get_cpu_capability(), "ops": backend.record()}
+    found |= {"keep_memory": asked.keep_memory and keep_freed_memory(), "load_before": round(os.getloadavg()[0], 2)}
+    return found | ({"llama_cpp_python": llamacpp.VERSION} if "llama.cpp" in asked.peers else {})
+
+
 def main() -> int:
     asked = arguments()
     single = [case for kind in CASES.values() for case in kind]
     cases = [case for word in choice([*CASES, *single], asked.cases) for case in (CASES.get(word) or (word,))]
     models, dtypes = choice([*MODELS], asked.models), choice([*DTYPES], asked.dtypes)
     torch.set_num_threads(asked.threads)
-    kept = asked.keep_memory and keep_freed_memory()
-    conditions = environment() | {"isa": torch.backends.cpu.get_cpu_capability(), "keep_memory": kept}
-    conditions |= {"load_before": round(os.getloadavg()[0], 2)}
-    if "llama.cpp" in asked.peers:
-        conditions["llama.cpp"] = f"of llama-cpp-python {llamacpp.VERSION}"
-    result: dict[str, Any] = {"conditions": conditions, "rows": []}
     started = time.monotonic()
     try:
+        backend.choose(asked.backend)
+        result: dict[str, Any] = {"conditions": conditions(asked), "rows": []}
         for found in measure(cases, models, dtypes, asked):
             result["rows"].append(found)
             announce(f"{time.monotonic() - started:5.0f} s  {line(found)}")
+            if asked.save:  # after every row: the run is long
+                (RESULTS / f"{asked.save}.json").write_text(json.dumps(result, indent=2) + "\n")
     except Refusal as problem:
         raise SystemExit(f"cpu.py: {problem}") from None
     if asked.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{asked.save}.json").write_text(json.dumps(result, indent=2) + "\n")
         picture(result["rows"], RESULTS / f"{asked.save}.png")
     if asked.json:
         print(json.dumps(result, indent=2))

@@ -4,7 +4,7 @@
     memory prefill   peak resident memory of a prompt of 2k, 8k and 32k tokens; flat within 15 % (ours)
     start            seconds from the command `trimaran generate FOLDER` to its first token on stdout
 
-    python benchmarks/cpu_processes.py SIDE KIND FOLDER DTYPE THREADS LENGTH     # one measurement, as JSON
+    python benchmarks/cpu_processes.py SIDE KIND FOLDER DTYPE THREADS LENGTH BACKEND    # one measurement, as JSON
 
 The peak is that of the work, model included: the kernel's high-water mark is set back once the model is loaded, where
 it can be (Linux), since loading reads files that count as memory too.
@@ -26,6 +26,7 @@ import torch
 from cpu_sides import DTYPES, OURS, TRANSFORMERS, Side, load_transformers, side
 
 from trimaran.model import hub
+from trimaran.ops import backend
 from trimaran.text.tokenizer import Tokenizer
 
 LENGTHS = (2048, 8192, 32768)
@@ -35,20 +36,24 @@ MIB = 2**20
 
 def rows(model: str, folder: Path, cases: list[str], asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model, whose fp32 weights lie in `folder`; all in bf16."""
-    head = {"model": model, "dtype": "bf16"}
-    if "memory train" in cases:
-        yield head | memory_of_training(folder, asked)
-    if "memory prefill" in cases:
-        yield head | memory_of_prefill(folder, asked)
-    if "start" in cases:
-        yield head | start(folder, asked)
+    kinds = {"memory train": memory_of_training, "memory prefill": memory_of_prefill, "start": start}
+    for case in [case for case in kinds if case in cases]:
+        found = {"case": case, "model": model, "dtype": "fp32" if case == "start" else "bf16"}
+        try:
+            yield found | kinds[case](folder, asked)
+        except Failed as problem:
+            yield found | {"red": str(problem)}
+
+
+class Failed(Exception):
+    """A process that did not end well; the benchmark goes on with the next case."""
 
 
 def memory_of_training(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     names = ["ours", *(["transformers"] if "transformers" in asked.peers else [])]
-    peaks = {name: peak(name, "train", folder, asked.threads, 512) for name in names}
+    peaks = {name: peak(name, "train", folder, asked, 512) for name in names}
     text = ", ".join(f"{name} {mib} MiB" for name, mib in peaks.items())
-    found: dict[str, Any] = {"case": "memory train", "peak_mib": peaks}
+    found: dict[str, Any] = {"peak_mib": peaks}
     if "transformers" in peaks:
         found["ratio"] = round(peaks["ours"] / peaks["transformers"], 3)
         text += f": {found['ratio']:.2f} of it"
@@ -56,19 +61,19 @@ def memory_of_training(folder: Path, asked: argparse.Namespace) -> dict[str, Any
 
 
 def memory_of_prefill(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    peaks = {str(length): peak("ours", "prefill", folder, asked.threads, length) for length in LENGTHS}
+    peaks = {str(length): peak("ours", "prefill", folder, asked, length) for length in LENGTHS}
     growth = max(peaks.values()) / min(peaks.values())
-    found = {"case": "memory prefill", "peak_mib": peaks, "growth": round(growth, 3), "flat": growth <= FLAT}
+    found = {"peak_mib": peaks, "growth": round(growth, 3), "flat": growth <= FLAT}
     text = ", ".join(f"{length} tokens {mib} MiB" for length, mib in peaks.items())
     return found | {"text": f"{text}: {growth:.2f} times"}
 
 
-def peak(name: str, kind: str, folder: Path, threads: int, length: int) -> int:
+def peak(name: str, kind: str, folder: Path, asked: argparse.Namespace, length: int) -> int:
     """MiB at the peak of one process's work."""
-    words = [name, kind, str(folder), "bf16", str(threads), str(length)]
+    words = [name, kind, str(folder), "bf16", str(asked.threads), str(length), asked.backend]
     found = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if found.returncode:
-        raise SystemExit(f"cpu_processes.py {' '.join(words)} ended with {found.returncode}: {found.stderr[-1000:]}")
+        raise Failed(f"cpu_processes.py {' '.join(words)} ended with {found.returncode}: {found.stderr[-1000:]}")
     return json.loads(found.stdout.splitlines()[-1])["peak_mib"]
 
 
@@ -78,7 +83,7 @@ def start(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         Tokenizer.train([Path(__file__).read_text(encoding="utf-8")], 300).save(folder)
     turns = [first_token(folder, asked.threads) for _ in range(asked.repeat + 1)][1:]
     wall, burnt = (statistics.median(turn[n] for turn in turns) for n in (0, 1))
-    found = {"case": "start", "repeats": asked.repeat, "seconds": round(wall, 2), "cpu_s": round(burnt, 2)}
+    found = {"repeats": asked.repeat, "seconds": round(wall, 2), "cpu_s": round(burnt, 2)}
     return found | {"text": f"{wall:.2f} s to the first token, whole command {burnt:.2f} s CPU"}
 
 
@@ -95,7 +100,7 @@ def first_token(folder: Path, threads: int) -> tuple[float, float]:
         process.stdout.read()
         said = process.stderr.read().decode(errors="replace")
     if process.returncode or not wrote:
-        raise SystemExit(f"trimaran {' '.join(words)} ended with {process.returncode}: {said[-1000:]}")
+        raise Failed(f"trimaran {' '.join(words)} ended with {process.returncode}: {said[-1000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -121,7 +126,8 @@ def high_water(reset: bool = False) -> int:
 
 
 def main() -> None:
-    name, kind, folder, dtype, threads, length = sys.argv[1:]
+    name, kind, folder, dtype, threads, length, allowed = sys.argv[1:]
+    backend.choose(allowed)
     torch.set_num_threads(int(threads))
     one = turn_of(name, kind, folder, dtype, int(length))
     loaded = high_water(reset=True)

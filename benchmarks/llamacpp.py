@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,12 @@ def check_tools() -> None:
 def fetch(root: Path) -> None:
     wanted = ["llama-cpp-python==" + VERSION, "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(root)]
     run([sys.executable, "-m", "pip", "download", *wanted], root / "fetch.log")
-    with tarfile.open(root / f"llama_cpp_python-{VERSION}.tar.gz") as packed:
-        packed.extractall(root, filter="data")
+    name = f"llama_cpp_python-{VERSION}"
+    # Moved into place when whole: what an interrupted run left behind must not look like a source.
+    with tempfile.TemporaryDirectory(dir=root) as place, tarfile.open(root / f"{name}.tar.gz") as packed:
+        packed.extractall(place, filter="data")
+        shutil.rmtree(root / name, ignore_errors=True)
+        (Path(place) / name).rename(root / name)
 
 
 def compile_in(built: Built, say: Callable[[str], None]) -> None:
