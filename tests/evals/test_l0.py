@@ -178,9 +178,13 @@ def test_without_a_tokenizer_the_length_of_answers_has_to_be_said(tmp_path):
     assert rows["steps-13"].play["max_tokens"] == 77
 
 
-def test_rows_that_no_program_meets_are_refused_before_anything_runs(folder):
-    with pytest.raises(Refusal, match="lines"):
-        L0Bench(bins=[13], task=L0(lines=(60, 90))).rows(Context(folder))
+def test_rows_that_no_program_meets_are_faults_of_their_own(folder):
+    bench = L0Bench(bins=[13, 80, 3], depths=[0], lines=[[60, 90]], at=75)
+    rows = bench.rows(Context(folder))
+    faults = {name: str(row.task) for name, row in rows.items() if isinstance(row.task, Refusal)}
+    assert faults.keys() == {"steps-3", "depth-0", "lines-60-90"}  # by the settings alone, and by drawing
+    assert "steps" in faults["steps-3"] and "without loops" in faults["depth-0"] and "lines" in faults["lines-60-90"]
+    assert rows["steps-80"].play["max_tokens"] > SLACK
 
 
 def test_the_verb_from_folder_to_picture(model, tmp_path, capsys):
@@ -206,3 +210,6 @@ def test_the_verb_from_folder_to_picture(model, tmp_path, capsys):
     assert len(before) == 2 and main(str(tmp_path), words, "l0") == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("scores/*/records.jsonl")} == before
     assert "steps to error" in capsys.readouterr().out
+    assert main(str(tmp_path), [*words, "suites.l0.depths=[0]", "suites.l0.lines=[[20,23]]"], "l0", json=True) == 1
+    found = json.loads(capsys.readouterr().out)["suites"]["l0"]
+    assert found["faults"].keys() == {"lines-20-23"} and "steps" in found["rows"]["lines-20-23"]["error"]

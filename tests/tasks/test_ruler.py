@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from random import Random
 
 import pytest
@@ -17,6 +17,7 @@ from trimaran.tasks.ruler_fit import largest
 from trimaran.tasks.ruler_haystack import DEPTHS, NOISE, with_needles
 from trimaran.tasks.ruler_lexicon import WORDS, keys, vocabulary
 from trimaran.tasks.ruler_niah import Niah
+from trimaran.tasks.ruler_qa import Collection, Question
 from trimaran.tasks.ruler_words import Frequent, distinct, shares, zeta
 from trimaran.tasks.task import GARBAGE, REWARD, Trace
 from trimaran.text.conversation import Conversation
@@ -230,14 +231,30 @@ def test_a_haystack_of_ones_own(tmp_path):
         ("bytes.txt", b"\xff\xfe", "no UTF-8"),
         ("list.json", b"[1]", "no JSON object with a text"),
         ("torn.json", b'{"text": "a', "no JSON object with a text"),
+        ("folder.txt", "folder", "cannot read"),
     ],
 )
 def test_haystacks_that_are_none(tmp_path, name, content, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    path = tmp_path / name
+    if content == "folder":  # named like a text among others
+        path.mkdir()
+        path = tmp_path
+    elif content is not None:
+        path.write_bytes(content)
     with pytest.raises(Refusal) as refusal:
-        published("niah_single_2", 1000, path=tmp_path / name).prompt(0)
+        published("niah_single_2", 1000, path=path).prompt(0)
     assert said in refusal.value.found
+
+
+@pytest.mark.parametrize("haystack", ["noise", "needle"])
+def test_a_text_that_no_haystack_is_made_of_is_refused(tmp_path, haystack):
+    with pytest.raises(Refusal, match="path"):
+        Niah(haystack=haystack, path=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "said"), [("qa_2", "made-up documents"), ("niah_single_3", "made-up sentences")])
+def test_a_problem_says_what_it_is_made_of(name, said):
+    assert said in published(name, 1024).prompt(0).secret["made_of"]
 
 
 def squad_file(place, articles=6, paragraphs=8):
@@ -295,6 +312,26 @@ def test_questions_of_a_hotpot_file(tmp_path):
     number = of.answers(prompt.secret)[0].split()[1]
     assert prompt.messages[0]["content"].count(f"\n{number}.") == 10
     of.check(2)
+
+
+def test_a_problem_costs_what_it_takes_of_a_file_not_the_whole_file():
+    class Counting(Random):
+        drawn = 0
+
+        def randrange(self, *bounds):
+            self.drawn += 1
+            return super().randrange(*bounds)
+
+    paragraphs = tuple(f"{place}" for place in range(3000))
+    held = Collection((), paragraphs)
+    question = Question("which?", ("7",), ("7",), ("5", "7", "9"))
+    random = Counting(3)
+    few = list(islice(held.near_first(question, random), 40))
+    assert few[:3] == ["7", "5", "9"] and random.drawn <= 40
+    every = list(held.near_first(question, Random(3)))
+    assert every[:40] == few and sorted(every) == sorted(paragraphs)  # each once, and fewer are the first of more
+    places = [int(one) for one in every[3:]]
+    assert abs(sum(places[:300]) / 300 - 1500) < 5 * 866 / 300**0.5  # evenly from the whole file
 
 
 @pytest.mark.parametrize("form", ["qa_1", "qa_2"])

@@ -57,20 +57,26 @@ class L0Bench(Suite):
             raise Refusal(f"votes or budgets of {bad}", "numbers from 1", "leave them out")
         return self
 
-    def axes(self) -> dict[str, list[tuple[Any, L0, dict[str, Any]]]]:
-        """Axis -> its (value, task, fields of the way of answering), the axis of trace lengths first."""
-        base = self.task.replace(steps=self.at, thinking=self.thinking)
+    def axes(self) -> dict[str, list[tuple[Any, L0 | Refusal, dict[str, Any]]]]:
+        """Axis -> its (value, task or why there is none, fields of the way of answering), the trace lengths first."""
         varied: dict[str, tuple[Any, ...]] = {
             "demonstrations": self.demonstrations,
             "lines": self.lines,
             "depth": self.depths,
             "lists": self.lists,
         }
-        rows = {"steps": [(steps, base.replace(steps=steps), dict[str, Any]()) for steps in self.bins]}
+        rows = {"steps": [(steps, self.variant(steps=steps), dict[str, Any]()) for steps in self.bins]}
         for field, values in varied.items():
-            rows[field] = [(value, base.replace(**{field: value}), {}) for value in values]
-        rows["budget"] = [(tokens, base, {"budget": tokens}) for tokens in self.budgets]
+            rows[field] = [(value, self.variant(**{field: value}), {}) for value in values]
+        rows["budget"] = [(tokens, self.variant(), {"budget": tokens}) for tokens in self.budgets]
         return {axis: of_axis for axis, of_axis in rows.items() if of_axis}
+
+    def variant(self, **changes: Any) -> L0 | Refusal:
+        """The task at `at` steps with these changes, or why no program can be like that: one row's fault."""
+        try:
+            return self.task.replace(**{"steps": self.at, "thinking": self.thinking, **changes})
+        except Refusal as fault:
+            return fault
 
     def places(self) -> Iterator[tuple[str, Any, str, Row]]:
         """(axis, value, name of its row, the row). A point that several axes share is one row, the first one's."""
@@ -84,15 +90,23 @@ class L0Bench(Suite):
                 yield axis, value, name, row
 
     def rows(self, context: Context) -> Mapping[str, Row]:
-        """Raises Refusal for a folder without a tokenizer, and for settings that no program meets."""
+        """Raises Refusal for a folder without a tokenizer. A row whose programs cannot be drawn has no task."""
         tokenizer = None if self.max_tokens else tokenizer_of(context.folder)
-        times = THOUGHT if self.thinking else 1
-        found = {}
+        found = dict[str, Row]()
         for _, _, name, row in self.places():
             if name not in found:
-                tokens = self.max_tokens if tokenizer is None else longest(tokenizer, row.task) * times + SLACK
-                found[name] = Row(row.task, {**row.play, "max_tokens": tokens})
+                found[name] = row if isinstance(row.task, Refusal) else self.roomy(row, row.task, tokenizer)
         return found
+
+    def roomy(self, row: Row, task: Task, tokenizer: Tokenizer | None) -> Row:
+        """The row with the room that its answers need."""
+        tokens = self.max_tokens
+        if tokenizer is not None:
+            try:
+                tokens = longest(tokenizer, task) * (THOUGHT if self.thinking else 1) + SLACK
+            except Refusal as fault:
+                return Row(fault)
+        return Row(task, {**row.play, "max_tokens": tokens})
 
     def report(self, context: Context, results: Mapping[str, Result]) -> Report:
         rows = {

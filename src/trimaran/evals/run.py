@@ -27,7 +27,7 @@ from trimaran.errors import Refusal, nearest_first, writing
 from trimaran.evals.endpoint import Endpoint, EndpointSettings
 from trimaran.evals.play import Group, Player, PlaySettings
 from trimaran.evals.records import Key, Records, digest_of, model_digest, record_of, source_of
-from trimaran.evals.suites import ANALYSES, SUITES, Result, Suite, context_of, lengths_of, suite
+from trimaran.evals.suites import ANALYSES, SUITES, Result, Row, Suite, context_of, lengths_of, suite
 from trimaran.evals.table import table, total_failed
 from trimaran.evals.tally import Score, score_of
 from trimaran.report import Progress, environment, say
@@ -242,23 +242,28 @@ class Bench:
         write_results(place / RESULTS, {**self.document(), "tasks": {name: document}})
         return document
 
+    def row(self, name: str, row: Row) -> tuple[Result, dict[str, Any]]:
+        """A suite's row: its score, and its results as JSON. Raises Refusal where it cannot be run."""
+        if isinstance(row.task, Refusal):
+            raise row.task
+        settings = self.settings.replace(**row.play)
+        label = self.label(name, row.task, settings)
+        row.task.check(1)
+        (found,) = score(self.engine, {label: row.task}, settings, self.home).values()
+        kept = Records(self.home / label / RECORDS).known
+        self.failed += found.failed
+        records = [kept[key] for key in keys(row.task, settings) if key in kept]
+        return Result(found, records), self.written(name, row.task, settings, found)
+
     def suite(self, asked: Suite) -> tuple[dict[str, Any], str]:
         """A suite's rows, one after the other: the results as JSON, and as lines."""
         context, results, told = context_of(self.target), dict[str, Result](), dict[str, Any]()
         for name, row in asked.rows(context).items():
-            settings = self.settings.replace(**row.play)
-            label = self.label(f"{asked.name}-{name}", row.task, settings)
             try:
-                row.task.check(1)
-                (found,) = score(self.engine, {label: row.task}, settings, self.home).values()
+                results[name], told[name] = self.row(f"{asked.name}-{name}", row)
             except Refusal as fault:
                 results[name], told[name] = Result(None, fault=fault), {"error": str(fault)}
                 self.failed += 1
-                continue
-            kept = Records(self.home / label / RECORDS).known
-            results[name] = Result(found, [kept[key] for key in keys(row.task, settings) if key in kept])
-            told[name] = self.written(f"{asked.name}-{name}", row.task, settings, found)
-            self.failed += found.failed
         report = asked.report(context, results)
         document = {**report.document, "trained_length": context.trained, "rows": told}
         home = self.home / f"{asked.name}-{digest_of(suite=asked.model_dump(mode='json'), weights=self.weights)}"

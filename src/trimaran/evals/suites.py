@@ -39,9 +39,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Row:
-    """A task of a suite. play: fields of `ScoreSettings` that it has another value of than was asked for."""
+    """A task of a suite, or why there is none with these settings. play: fields of `ScoreSettings` that it has another
+    value of than was asked for."""
 
-    task: Task
+    task: Task | Refusal
     play: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -127,7 +127,8 @@ class Ruler(Task):
         secret = self.drawn(number, split)
         units = self.fit(secret, self.usual)
         messages = ({"role": "user", "content": self.text(secret, units)},)
-        return Prompt(self.name, split, number, messages, secret={**secret, "units": units}, thinking=False)
+        told = {**secret, "units": units, "made_of": self.made_of}
+        return Prompt(self.name, split, number, messages, secret=told, thinking=False)
 
     @cached_property
     def usual(self) -> int:

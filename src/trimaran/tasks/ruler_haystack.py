@@ -80,6 +80,9 @@ def text_of(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
         raise Refusal(f"{path}: byte {problem.start} is no UTF-8", "a text file", "give a text file") from None
+    except OSError as problem:
+        found = f"cannot read {path}: {(problem.strerror or str(problem)).lower()}"
+        raise Refusal(found, "files that can be read", "correct the path, or its rights") from None
     if path.suffix != ".json":
         return text
     try:

@@ -14,8 +14,9 @@ from random import Random
 from typing import Any, ClassVar, Literal
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from trimaran.errors import Refusal
 from trimaran.tasks.ruler import Ruler
 from trimaran.tasks.ruler_haystack import DEPTHS, among, made_up, noise, own_words, with_needles
 from trimaran.tasks.ruler_lexicon import keys
@@ -45,6 +46,13 @@ class Niah(Ruler):
     keys: int = Field(1, ge=1)
     values: int = Field(1, ge=1)
     queries: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _path_of_an_essay(self) -> "Niah":
+        if self.path is not None and self.haystack != "essay":
+            found = f"path = {str(self.path)!r} with haystack = {self.haystack!r}"
+            raise Refusal(found, "a path with haystack = 'essay'", "leave path out, or ask for the essay")
+        return self
 
     @property
     def made_of(self) -> str:

@@ -10,9 +10,10 @@ these come from; `squad` asks for one fact, `hotpot` for two that hang together.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
@@ -47,7 +48,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Collection:
-    """The questions of a file and all its paragraphs; places: of each split's questions among them."""
+    """The questions of a file and all its paragraphs, theirs included, each once; places: of each split's questions
+    among them."""
 
     questions: tuple[Question, ...]
     paragraphs: tuple[str, ...]
@@ -58,6 +60,19 @@ class Collection:
         for place, one in enumerate(self.questions):
             found[split_of(f"question {one.text}")].append(place)
         return found
+
+    def near_first(self, question: Question, random: Random) -> Iterator[str]:
+        """All paragraphs, the question's first and the others in random order. Drawn one by one (Fisher and Yates'
+        shuffle, of which only what has moved is kept): a problem takes a few of tens of thousands."""
+        known = dict.fromkeys([*question.gold, *question.near])
+        yield from known
+        moved, count = dict[int, int](), len(self.paragraphs)
+        for place in range(count):
+            other = random.randrange(place, count)
+            paragraph = self.paragraphs[moved.get(other, other)]
+            moved[other] = moved.get(place, place)
+            if paragraph not in known:
+                yield paragraph
 
 
 class Qa(Ruler):
@@ -105,16 +120,14 @@ class Qa(Ruler):
     def most(self, drawn: Mapping[str, Any]) -> int | None:
         if self.file is None:
             return None
-        question = self.question(drawn)
-        return len({*question.gold, *question.near, *self.collection.paragraphs})
+        return len(self.collection.paragraphs)
 
     def text(self, drawn: Mapping[str, Any], units: int) -> str:
         question, random = self.question(drawn), Random(drawn["seed"])
         if self.file is None:
             documents = [*question.gold, *others(question, random, units - len(question.gold))]
         else:
-            rest = random.sample(self.collection.paragraphs, len(self.collection.paragraphs))
-            documents = list(dict.fromkeys([*question.gold, *question.near, *rest]))[:units]
+            documents = list(islice(self.collection.near_first(question, random), units))
         random.shuffle(documents)
         context = "\n\n".join(f"Document {place}:\n{document}" for place, document in enumerate(documents, 1))
         return PROMPT.format(context=context, question=question.text)
