@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimaran.model.scale import Scale
-from trimaran.ops import experts, native
+from trimaran.ops import experts, native, triton_backend
 from trimaran.ops.linear import linear
 from trimaran.ops.loss import Stretch
 from trimaran.ops.numbers import at_least_fp32
@@ -54,6 +54,11 @@ def few_through(up: nn.Module, down: nn.Module, x_MI: Tensor, ids_MK: Tensor, we
     """The weighted sum of a few tokens' relu^2 experts in one call [M, I]; None where no kernel knows the case."""
     if type(up) is not StackedLinear or type(down) is not StackedLinear:  # rewritten: its own forward counts
         return None
+    if triton_backend.runs("triton.experts", x_MI) and not torch.is_grad_enabled():
+        from trimaran.ops import triton_experts
+
+        few = len(x_MI) <= triton_experts.FEW and x_MI.dtype == up.weight.dtype == down.weight.dtype
+        return triton_experts.few_through(x_MI, up.weight, down.weight, ids_MK, weights_MK) if few else None
     if not native.takes_experts(x_MI, ids_MK, up.weight, down.weight):
         return None
     return native.experts(x_MI, ids_MK, weights_MK, up.weight, down.weight)

@@ -15,7 +15,7 @@ from trimaran.model.linear import Linear
 from trimaran.model.norm import GatedRMSNorm
 from trimaran.model.scale import Scale
 from trimaran.model.state import MambaMemory
-from trimaran.ops import conv, native, ssd
+from trimaran.ops import conv, native, ssd, triton_backend
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -87,10 +87,14 @@ class Mamba(nn.Module):
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
 
     def takes(self, projected_SKC: Tensor, tail_SWC: Tensor, ssm_SHPN: Tensor) -> bool:
-        """Whether `few` knows these tokens and this memory (ops.native)."""
+        """Whether `few` knows these tokens and this memory (ops.native, ops.triton_step)."""
         conv1d, norm = self.conv1d, self.norm
         if type(conv1d) is not CausalConv or type(norm) is not GatedRMSNorm or norm.groups != self.groups:
             return False
+        if triton_backend.runs("triton.step", projected_SKC):
+            from trimaran.ops import triton_step
+
+            return triton_step.takes_mamba(projected_SKC, tail_SWC, ssm_SHPN)
         same = [t for t in (conv1d.weight, conv1d.bias, norm.weight) if t is not None]
         return native.takes_mamba(projected_SKC, tail_SWC, ssm_SHPN, (self.A_log, self.D, self.dt_bias), same)
 
@@ -104,21 +108,12 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What lies between the projections for K tokens of S documents, in one call: see ops.native.mamba."""
         conv1d, norm = self.conv1d, self.norm
-        return native.mamba(
-            projected_SKC,
-            tail_SWC,
-            ssm_SHPN,
-            slots_S,
-            self.groups,
-            conv1d.weight,
-            conv1d.bias,
-            self.A_log,
-            self.D,
-            self.dt_bias,
-            norm.weight,
-            norm.eps,
-            trial,
-        )
+        own = (conv1d.weight, conv1d.bias, self.A_log, self.D, self.dt_bias, norm.weight, norm.eps)
+        if triton_backend.runs("triton.step", projected_SKC):
+            from trimaran.ops import triton_step
+
+            return triton_step.mamba(projected_SKC, tail_SWC, ssm_SHPN, slots_S, self.groups, *own, trial)
+        return native.mamba(projected_SKC, tail_SWC, ssm_SHPN, slots_S, self.groups, *own, trial)
 
     def scan(
         self,

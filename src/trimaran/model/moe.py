@@ -19,7 +19,7 @@ from trimaran.model.config import ModelConfig
 from trimaran.model.feedforward import FeedForward, activate
 from trimaran.model.layout import Layout
 from trimaran.model.linear import Linear, StackedLinear, few_through
-from trimaran.ops import experts, native
+from trimaran.ops import experts, native, triton_backend
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -67,6 +67,12 @@ class Router(nn.Module):
         device = x_MD.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits_ME = F.linear(at_least_fp32(x_MD), at_least_fp32(self.weight))
+        if config.router == "sigmoid" and triton_backend.runs("triton.router", logits_ME):
+            from trimaran.ops import triton_router
+
+            limit = config.num_experts_per_tok, config.n_group, config.topk_group
+            weighing = config.norm_topk_prob, config.routed_scaling_factor
+            return triton_router.route(logits_ME, self.e_score_correction_bias, *limit, *weighing)
         if config.router == "softmax":
             scores_ME = logits_ME.softmax(-1)
             biased_ME = scores_ME

@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native
+from trimaran.ops import backend, native, triton_backend
 
 
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2."""
+    if triton_backend.runs("triton.relu2", x):
+        from trimaran.ops import triton_experts
+
+        return triton_experts.relu2(x)
     if not backend.allowed("torch.relu2"):
         return relu2_reference(x)
     if native.runs("native.relu2", x):

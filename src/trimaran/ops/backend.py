@@ -4,7 +4,7 @@ Every operation has a readable reference and twins of it in families, each teste
 
     torch    fast forms in plain torch: chunked scan, written gradients, fused attention, grouped products
     native   C++ kernels for a CPU's decoding, built with the wheel (ops/kernels)
-    triton   kernels for a GPU
+    triton   kernels for a GPU (ops/triton_*.py)
 
 A twin is named `family.operation`. The setting is a comma list of words:
 
@@ -29,7 +29,7 @@ from trimaran.errors import Refusal
 TWINS = {
     "torch": ("attention", "conv", "experts", "loss", "norm", "relu2", "ssd"),
     "native": ("attention", "conv", "experts", "gated_norm", "linear", "mamba", "norm", "relu2", "router", "scan"),
-    "triton": (),
+    "triton": ("conv", "experts", "norm", "relu2", "router", "ssd", "step"),
 }
 MODULES = {"native": "trimaran.ops.native", "triton": "trimaran.ops.triton_backend"}  # each has missing() -> str | None
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native
+from trimaran.ops import backend, native, triton_backend
 from trimaran.ops.blocks import blocks
 from trimaran.ops.numbers import at_least_fp32
 
@@ -54,6 +54,10 @@ def causal_conv_silu(
     seg_BT: Tensor | None = None,
 ) -> Tensor:
     """silu(causal_conv(...)), in x's dtype."""
+    if triton_backend.runs("triton.conv", x_BTC):
+        from trimaran.ops import triton_conv
+
+        return triton_conv.causal_conv_silu(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
     if not backend.allowed("torch.conv"):
         return causal_conv_silu_reference(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)
     return CausalConvSiLU.apply(x_BTC, weight_CW, bias_C, tail_BWC, seg_BT)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend
+from trimaran.ops import backend, triton_backend
 from trimaran.ops.numbers import at_least_fp32
 
 CALL = 100_000  # multiply-adds that a CPU's core could do while one call starts
@@ -43,7 +43,9 @@ def dispatch(ids_MK: Tensor, weights_MK: Tensor, experts: int, align: int = 1) -
     """Orders the choices ids_MK [tokens, k] by expert; within an expert, by token."""
     k = ids_MK.shape[1]
     expert_R, order_R = ids_MK.flatten().sort(stable=True)
-    count_E = torch.bincount(expert_R, minlength=experts)
+    # Counted by looking up where each expert's stretch ends: bincount would wait for an accelerator.
+    every_E = torch.arange(experts, device=expert_R.device)
+    count_E = torch.searchsorted(expert_R, every_E, right=True).diff(prepend=expert_R.new_zeros(1))
     aligned_E = (count_E + align - 1) // align * align
     shift_E = (aligned_E.cumsum(0) - aligned_E) - (count_E.cumsum(0) - count_E)
     slot_R = torch.arange(len(expert_R), device=expert_R.device) + shift_E[expert_R]
@@ -94,6 +96,10 @@ def to_experts(x_MI: Tensor, plan: Plan) -> Tensor:
     """Rows in expert order [S, I], or as they are where all go to everyone."""
     if isinstance(plan, Everyone):
         return x_MI
+    if torch.is_grad_enabled() and triton_backend.runs("triton.experts", x_MI):
+        from trimaran.ops import triton_experts
+
+        return triton_experts.to_experts(x_MI, plan.token_S, plan.slot_MK)
     if not torch.is_grad_enabled() or not backend.allowed("torch.experts"):
         return x_MI.index_select(0, plan.token_S)
     return ToExperts.apply(x_MI, plan.token_S, plan.slot_MK)
@@ -110,6 +116,10 @@ def from_experts(y: Tensor, plan: Plan) -> Tensor:
     """sum_k weight * row of each token's choices, in the weights' dtype: [tokens, O]."""
     if isinstance(plan, Everyone):
         return (y * plan.weight_ME.t()[..., None]).sum(0)
+    if triton_backend.runs("triton.experts", y):
+        from trimaran.ops import triton_experts
+
+        return triton_experts.from_experts(y, plan.slot_MK, plan.weight_MK)
     if not backend.allowed("torch.experts"):
         return (y[plan.slot_MK] * plan.weight_MK[..., None]).sum(1)
     return FromExperts.apply(y, plan.slot_MK, plan.weight_MK)
@@ -158,7 +168,8 @@ class FromExperts(torch.autograd.Function):
 
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Each expert's rows times its own weight: [S, I] -> [S, O]."""
-    few = x_SI.shape[0] <= 2 * weight_EOI.shape[0]
+    # Single products know how many rows they have: an accelerator would be waited for.
+    few = x_SI.shape[0] <= 2 * weight_EOI.shape[0] and not (x_SI.is_cuda and x_SI.dtype == torch.bfloat16)
     # The grouped kernel has no fp64, and wants rows that begin at multiples of 16 bytes.
     odd = any(width * x_SI.element_size() % 16 for width in weight_EOI.shape[1:])
     if few or odd or x_SI.dtype == torch.float64 or not backend.allowed("torch.experts"):

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native
+from trimaran.ops import backend, native, triton_backend
 from trimaran.ops.blocks import blocks
 from trimaran.ops.numbers import WIDE, at_least_fp32
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, returned in `dtype` (x's own when None)."""
+    if triton_backend.runs("triton.norm", x_D):
+        from trimaran.ops import triton_norm
+
+        return triton_norm.rms_norm(x_D, weight_D, eps, dtype)
     if dtype in (None, x_D.dtype) and native.takes_norm(x_D, weight_D):
         return native.rms_norm(x_D, weight_D, eps)
     if not backend.allowed("torch.norm"):
@@ -43,6 +47,10 @@ def gated_rms_norm(y_D: Tensor, gate_D: Tensor, weight_D: Tensor, groups: int, e
 
     The gate comes before the norm (norm_before_gate = False in the released models). Returned in gate's dtype.
     """
+    if triton_backend.runs("triton.norm", gate_D):
+        from trimaran.ops import triton_norm
+
+        return triton_norm.gated_rms_norm(y_D, gate_D, weight_D, groups, eps)
     if few(y_D) or not backend.allowed("torch.norm"):
         return gated_rms_norm_reference(y_D, gate_D, weight_D, groups, eps)
     return GatedRMSNorm.apply(y_D, gate_D, weight_D, groups, eps)

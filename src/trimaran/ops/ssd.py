@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend
+from trimaran.ops import backend, triton_backend
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.ops.ssd_chunks import ChunkedScan, open_chunk, outputs
 
@@ -153,6 +153,10 @@ def ssd(
     B_BTGN, C_BTGN: input and output maps per group; state_BHPN: the state before the first token (zeros when None);
     seg_BT: document numbers, 0 = the document that `state_BHPN` belongs to, rising by one at every border.
     """
+    if triton_backend.runs("triton.ssd", x_BTHP):
+        from trimaran.ops import triton_ssd
+
+        return triton_ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, seg_BT, chunk)
     if not backend.allowed("torch.ssd"):
         return ssd_recurrence(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, seg_BT)
     if x_BTHP.device.type == "cpu":
