@@ -211,7 +211,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     panels = list(dict.fromkeys((found["dtype"], peer) for found in rows for peer in found["peers"]))
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 3.6), squeeze=False)
     for axis, (dtype, peer) in zip(axes[0], panels):
         panel(axis, [found for found in rows if found["dtype"] == dtype and peer in found["peers"]], peer)
         axis.set_title(f"{dtype}, {peer} = 1")
@@ -228,7 +228,7 @@ def panel(axis: Any, rows: list[dict[str, Any]], peer: str) -> None:
         ratio = {found["case"]: found["peers"][peer]["ratio"] for found in rows if found["model"] == model}
         places = [place + 0.8 * n / len(models) for place in range(len(cases))]
         bars = axis.bar(places, [ratio.get(case, 0) for case in cases], 0.75 / len(models), label=model)
-        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", fontsize=6)
     axis.axhline(1, color="black", linewidth=0.8)
     middle = 0.4 - 0.4 / len(models)
     axis.set_xticks([place + middle for place in range(len(cases))], cases, rotation=40, ha="right")

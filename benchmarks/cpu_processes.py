@@ -26,6 +26,7 @@ import torch
 from cpu_sides import DTYPES, OURS, TRANSFORMERS, Side, load_transformers, side
 
 from trimaran.model import hub
+from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.ops import backend
 from trimaran.text.tokenizer import Tokenizer
 
@@ -62,10 +63,21 @@ def memory_of_training(folder: Path, asked: argparse.Namespace) -> dict[str, Any
 
 def memory_of_prefill(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     peaks = {str(length): peak("ours", "prefill", folder, asked, length) for length in LENGTHS}
-    growth = max(peaks.values()) / min(peaks.values())
-    found = {"peak_mib": peaks, "growth": round(growth, 3), "flat": growth <= FLAT}
-    text = ", ".join(f"{length} tokens {mib} MiB" for length, mib in peaks.items())
-    return found | {"text": f"{text}: {growth:.2f} times"}
+    kept = {str(length): round(length * keys_and_values(hub.read_config(folder)) / MIB) for length in LENGTHS}
+    growth, further = spread(peaks), spread({length: peaks[length] - kept[length] for length in peaks})
+    found = {"peak_mib": peaks, "keys_and_values_mib": kept, "growth": growth, "growth_without_them": further}
+    text = ", ".join(f"{length} tokens {mib} MiB (keys and values {kept[length]})" for length, mib in peaks.items())
+    return found | {"flat": growth <= FLAT, "text": f"{text}: {growth:.2f} times, {further:.2f} without them"}
+
+
+def keys_and_values(config: ModelConfig) -> int:
+    """Bytes of one token's keys and values in bf16, over all attention layers."""
+    layers = sum(letter in ATTENTION for letter in config.pattern)
+    return layers * 2 * config.num_key_value_heads * config.head_dim * 2
+
+
+def spread(peaks: dict[str, int]) -> float:
+    return round(max(peaks.values()) / min(peaks.values()), 3)
 
 
 def peak(name: str, kind: str, folder: Path, asked: argparse.Namespace, length: int) -> int:

@@ -144,6 +144,8 @@ def test_memory_and_start_are_measured_in_processes_of_their_own(scripts, tmp_pa
     tokenizer.save(tmp_path)
     asked = argparse.Namespace(threads=1, backend="auto")
     assert 50 < processes.peak("ours", "prefill", tmp_path, asked, 64) < 5000  # an interpreter with torch, in MiB
+    # 1 attention layer x keys and values x 2 heads x 8 channels x 2 bytes
+    assert processes.keys_and_values(hub.read_config(tmp_path)) == 64
     seconds, burnt = processes.first_token(tmp_path, 1)
     assert 0 < seconds < 300 and burnt > 0
 
