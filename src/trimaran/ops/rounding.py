@@ -29,11 +29,12 @@ def stochastic_round(x: Tensor, chance: Tensor, dtype: torch.dtype) -> Tensor:
     return (x / spacing).add_(chance).floor_().mul_(spacing).clamp_(info.min, info.max).to(dtype)
 
 
-def chances(keys: Sequence[int], count: int, device: torch.device) -> Tensor:
+def chances(keys: Sequence[int] | Tensor, count: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1), uniform and repeatable: [len(keys), count] in fp32, multiples of 2^-13."""
+    if not isinstance(keys, Tensor):
+        keys = torch.tensor([key - (key >> 31 << 32) for key in keys], dtype=torch.int32, device=device)
     elements = scrambled(torch.arange(count, dtype=torch.int32, device=device))
-    signed = [key - (key >> 31 << 32) for key in keys]
-    bits = scrambled(elements ^ torch.tensor(signed, dtype=torch.int32, device=device)[:, None])
+    bits = scrambled(elements ^ keys[:, None])
     return (bits & ((1 << FRACTION) - 1)).float().mul_(2.0**-FRACTION)
 
 
@@ -53,3 +54,13 @@ def key_of(*numbers: int) -> int:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
             key = (key ^ key >> shift) * factor & WORD
     return key
+
+
+def keys_of(first: int, numbers_N: Tensor) -> Tensor:
+    """key_of(first, number) of every number as signed 32-bit words, made where the numbers are."""
+    key_N = (numbers_N.long() ^ key_of(first)) & WORD
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
+        # In halves: a product of two 32-bit words would leave 64 signed bits.
+        mixed_N = key_N ^ key_N >> shift
+        key_N = mixed_N * (factor & 0xFFFF) + ((mixed_N * (factor >> 16) & 0xFFFF) << 16) & WORD
+    return torch.where(key_N >> 31 == 1, key_N - (1 << 32), key_N).to(torch.int32)

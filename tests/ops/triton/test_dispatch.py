@@ -88,7 +88,8 @@ def test_every_kernel_runs_where_named_and_gives_the_references_numbers(model, e
     assert not entered
     with backend.using("triton"):
         found = everything(model)
-    assert entered == set(TWINS) == set(backend.TWINS["triton"])
+    # "paged" belongs to the engine's captured step: tests/engine/test_captured.py
+    assert entered == set(TWINS) == set(backend.TWINS["triton"]) - {"paged"}
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
