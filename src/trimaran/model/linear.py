@@ -98,6 +98,10 @@ class Head(Linear):
         logits = at_least_fp32(super().forward(x))
         return logits if self.s_z is None else self.s_z(logits)
 
+    def scores(self, x: Tensor) -> Tensor | None:
+        """The logits before they are widened; None where the factor changes them after that."""
+        return super().forward(x) if self.s_z is None else None
+
 
 class TiedHead(nn.Module):
     """A head that borrows the embedding; made when asked for, so that the weight has one owner and one name."""
@@ -112,4 +116,8 @@ class TiedHead(nn.Module):
         return self.embeddings.stretch
 
     def forward(self, x: Tensor) -> Tensor:
-        return at_least_fp32(self.embeddings.scores(x))
+        return at_least_fp32(self.scores(x))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The logits before they are widened."""
+        return self.embeddings.scores(x)

@@ -15,7 +15,7 @@ from trimaran.model.linear import Linear
 from trimaran.model.norm import GatedRMSNorm
 from trimaran.model.scale import Scale
 from trimaran.model.state import MambaMemory
-from trimaran.ops import conv, native, ssd, triton_backend
+from trimaran.ops import conv, native, native_training, ssd, triton_backend
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -83,6 +83,9 @@ class Mamba(nn.Module):
         own = self.norm
         if type(own) is GatedRMSNorm and native.takes_gated_norm(y_BTHP, xs_BTC, z_BTC):
             return self.out_proj(native.gated_norm(y_BTHP, xs_BTC, self.D, z_BTC, own.weight, own.groups, own.eps))
+        if type(own) is GatedRMSNorm and native_training.takes_gated_norm(y_BTHP, xs_BTC, z_BTC, own.groups):
+            given = y_BTHP, xs_BTC, self.D, z_BTC, own.weight, own.groups, own.eps
+            return self.out_proj(native_training.GatedNorm.apply(*given))
         y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTC))
 

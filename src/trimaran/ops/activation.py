@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native, triton_backend
+from trimaran.ops import backend, native, native_training, triton_backend
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -19,6 +19,8 @@ def relu2(x: Tensor) -> Tensor:
         return relu2_reference(x)
     if native.runs("native.relu2", x):
         return native.relu2(x)
+    if native_training.runs("native.relu2", x) and x.is_contiguous():
+        return native_training.ReLU2.apply(x)
     return ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
 
 

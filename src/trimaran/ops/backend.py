@@ -28,7 +28,7 @@ from trimaran.errors import Refusal
 
 TWINS = {
     "torch": ("attention", "conv", "experts", "loss", "norm", "relu2", "ssd"),
-    "native": ("attention", "conv", "experts", "gated_norm", "linear", "mamba", "norm", "relu2", "router", "scan"),
+    "native": ("attention", "conv", "experts", "gated_norm", "linear", "loss", "mamba", "norm", "relu2", "router", "scan"),
     "triton": ("conv", "experts", "norm", "paged", "relu2", "router", "ssd", "step"),
 }
 MODULES = {"native": "trimaran.ops.native", "triton": "trimaran.ops.triton_backend"}  # each has missing() -> str | None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native, triton_backend
+from trimaran.ops import backend, native, native_training, triton_backend
 from trimaran.ops.blocks import blocks
 from trimaran.ops.numbers import at_least_fp32
 
@@ -120,6 +120,9 @@ class CausalConvSiLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, tail, seg = ctx.saved_tensors
+        if native_training.takes_conv_backward(x, grad, tail, weight.shape[1]):
+            dx, dweight, dbias, dtail = native_training.conv_backward(x, weight, bias, tail, seg, grad)
+            return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dtail, None
         taps, weight_WC = weight.shape[1], at_least_fp32(weight).t().contiguous()
         dx, dweight_WC = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight_WC)
         dbias_C = torch.zeros_like(weight_WC[0])

@@ -10,13 +10,13 @@ the exponentials and the target's logit are found between them, each returns an 
 by its own logits is that of the whole.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimaran.ops import backend
+from trimaran.ops import backend, native_training
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -31,6 +31,13 @@ class Stretch(Protocol):
     def parts(self) -> int: ...
     def largest(self, x: Tensor) -> Tensor: ...
     def sum(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A head whose logits are these, widened; None: they are more than that."""
+
+    def scores(self, x: Tensor, /) -> Tensor | None: ...
 
 
 def cross_entropy(
@@ -69,9 +76,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wanted):
                 piece = hidden[part].detach().requires_grad_(wanted)
-                logits = at_least_fp32(head(piece))
+                logits, narrow = logits_of(head, piece)
             given = logits.detach(), targets[part].clamp(min=0), weights[part]
-            loss, logits_grad = loss_and_gradient(*given) if stretch is None else part_of_loss(*given, stretch)
+            if narrow or (stretch is None and native_training.takes_loss(logits)):
+                loss, logits_grad = native_training.loss_and_gradient(*given, in_place=narrow)
+            else:
+                loss, logits_grad = loss_and_gradient(*given) if stretch is None else part_of_loss(*given, stretch)
             total += loss
             if wanted:
                 piece_grad, *grads = torch.autograd.grad(logits, [piece, *parameters], logits_grad)
@@ -87,6 +97,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, *sums = ctx.saved_tensors
         grads = [(g * scale).to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)]
         return (hidden_grad * scale.to(hidden_grad.dtype), None, None, None, None, *grads)
+
+
+def logits_of(head: nn.Module, hidden_MD: Tensor) -> tuple[Tensor, bool]:
+    """The logits in at least fp32, or (True) as the head's product left them: nobody else reads them, and a kernel
+    widens them on its way."""
+    heard = head._forward_hooks or head._forward_pre_hooks  # somebody waits for the head's own call
+    if getattr(head, "stretch", None) is None and not heard and backend.allowed("native.loss"):
+        scores = head.scores(hidden_MD) if isinstance(head, Scoring) else None
+        if scores is not None and native_training.takes_loss(scores):
+            return scores, True
+        if scores is not None:
+            return at_least_fp32(scores), False
+    return at_least_fp32(head(hidden_MD)), False
 
 
 def loss_and_gradient(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:

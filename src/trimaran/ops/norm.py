@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native, triton_backend
+from trimaran.ops import backend, native, native_training, triton_backend
 from trimaran.ops.blocks import blocks
 from trimaran.ops.numbers import WIDE, at_least_fp32
 
@@ -29,6 +29,8 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | Non
         if x_D.dtype in WIDE and dtype in (None, x_D.dtype):
             return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
         return rms_norm_reference(x_D, weight_D, eps, dtype)
+    if native_training.takes_norm(x_D, weight_D, dtype or x_D.dtype):
+        return native_training.RMSNorm.apply(x_D, weight_D, eps, dtype or x_D.dtype)
     return RMSNorm.apply(x_D, weight_D, eps, dtype or x_D.dtype)
 
 

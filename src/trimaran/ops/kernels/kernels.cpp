@@ -97,3 +97,4 @@ EXPERTS(route_fp32, experts_fp32, float)
     EXPORT void RELU2(const T *x, T *y, int64_t count) { relu2_all(x, y, count); }
 PREFILL(conv_silu_bf16, scan_bf16, scan_room_bf16, gated_norm_bf16, relu2_bf16, bf16)
 PREFILL(conv_silu_fp32, scan_fp32, scan_room_fp32, gated_norm_fp32, relu2_fp32, float)
+#include "training_exports.h"

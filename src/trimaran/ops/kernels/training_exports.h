@@ -1,0 +1,40 @@
+// The kernels of training by name, as ops/native_training.py calls them.
+#pragma once
+#include "training.h"
+
+#define TRAINING(LOSS, NORM, NORM_BACK, GATED_BACK, RELU2_BACK, CONV_BACK, T)                                          \
+    EXPORT void LOSS(const T *logits, const int64_t *targets, const float *weights, float *losses, T *gradient,        \
+                     int64_t rows, int64_t vocab, float *room, int64_t threads) {                                      \
+        loss(logits, targets, weights, losses, gradient, rows, vocab, room, threads);                                  \
+    }                                                                                                                  \
+    EXPORT void NORM(const void *x, int wide, const float *weight, T *y, float *scales, int64_t rows, int64_t width,   \
+                     float eps) {                                                                                      \
+        if (wide)                                                                                                      \
+            norm_forward((const float *)x, weight, y, scales, rows, width, eps);                                       \
+        else                                                                                                           \
+            norm_forward((const T *)x, weight, y, scales, rows, width, eps);                                           \
+    }                                                                                                                  \
+    EXPORT void NORM_BACK(const void *x, int wide, const float *weight, const float *scales, const T *grad, void *dx,  \
+                          float *dweight, int64_t rows, int64_t width, int64_t threads) {                              \
+        if (wide)                                                                                                      \
+            norm_backward((const float *)x, weight, scales, grad, (float *)dx, dweight, rows, width, threads);         \
+        else                                                                                                           \
+            norm_backward((const T *)x, weight, scales, grad, (T *)dx, dweight, rows, width, threads);                 \
+    }                                                                                                                  \
+    EXPORT void GATED_BACK(const float *y, const float *D, const float *weight, const T *x, const T *gate,             \
+                           const T *grad, int64_t x_stride, int64_t gate_stride, float *dy, float *dweight, float *dD, \
+                           T *dx, T *dgate, int64_t rows, int64_t heads, int64_t width, int64_t groups, float eps,     \
+                           float *room, int64_t threads) {                                                             \
+        GatedBack<T>{y, D, weight, x, gate, grad, x_stride, gate_stride, dy, dweight, dD, dx, dgate, rows, heads,      \
+                     width, groups, eps}.run(room, threads);                                                           \
+    }                                                                                                                  \
+    EXPORT void RELU2_BACK(const T *x, const T *grad, T *dx, int64_t count) { relu2_backward(x, grad, dx, count); }    \
+    EXPORT void CONV_BACK(const T *x, const T *tail, const T *grad, const float *weight, const float *bias,            \
+                          const int64_t *seg, T *dx, T *dtail, float *dweight, float *dbias, int64_t x_batch,          \
+                          int64_t x_token, int64_t grad_batch, int64_t grad_token, int64_t batch, int64_t length,      \
+                          int64_t channels, int64_t taps, float *room, int64_t threads) {                              \
+        ConvBack<T>{x, tail, grad, weight, bias, seg, dx, dtail, dweight, dbias, x_batch, x_token, grad_batch,         \
+                    grad_token, batch, length, channels, taps}.run(room, threads);                                     \
+    }
+TRAINING(loss_bf16, train_norm_bf16, train_norm_back_bf16, gated_back_bf16, relu2_back_bf16, conv_back_bf16, bf16)
+TRAINING(loss_fp32, train_norm_fp32, train_norm_back_fp32, gated_back_fp32, relu2_back_fp32, conv_back_fp32, float)
