@@ -98,6 +98,20 @@ def test_failed_episodes_are_told_and_played_again(engine, tmp_path, monkeypatch
     assert mended.failed == 0 and len(lines(path)) == 3 * 5 and not any(one["error"] for one in lines(path))
 
 
+def test_a_problem_is_drawn_once_for_all_ways_of_answering_and_only_where_one_lacks(engine, tmp_path):
+    drawn = list[int]()
+
+    class Costly(Word):
+        def prompt(self, number, split="train"):
+            drawn.append(number)
+            return super().prompt(number, split)
+
+    score(engine, {"hull": Costly()}, SMALL, tmp_path)
+    assert drawn == [0, 1, 2]
+    score(engine, {"hull": Costly()}, SMALL.replace(n=5), tmp_path)
+    assert drawn == [0, 1, 2, 3, 4]
+
+
 def test_a_task_with_an_end_is_scored_once_through(engine):
     found = score(engine, {"hull": Word(problems=2)}, SMALL)["hull"]
     assert found.sampled.n == 2

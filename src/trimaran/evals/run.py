@@ -30,6 +30,8 @@ from trimaran.evals.records import Key, Records, digest_of, model_digest, record
 from trimaran.evals.suites import ANALYSES, SUITES, Result, Row, Suite, context_of, lengths_of, suite
 from trimaran.evals.table import table, total_failed
 from trimaran.evals.tally import Score, score_of
+from trimaran.ops import backend
+from trimaran.ops.backend import OpsSettings
 from trimaran.report import Progress, environment, say
 from trimaran.report.terminal import put
 from trimaran.tasks import names
@@ -45,6 +47,7 @@ COUNTS = {
     "suites",
     "engine",
     "device",
+    "ops",
     "endpoint",
 }  # settings that no single episode depends on
 
@@ -70,6 +73,7 @@ class ScoreSettings(PlaySettings):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     engine: EngineSettings = EngineSettings()
     endpoint: EndpointSettings | None = None  # a server to ask instead of the folder's own model
+    ops: OpsSettings = OpsSettings()
 
     def open(self) -> dict[str, Task]:
         """The tasks by their names here. Raises Refusal for those that do not exist or cannot be trusted."""
@@ -138,11 +142,15 @@ def play_missing(
 
     def groups() -> Iterator[Group]:
         for name, task in tasks.items():
-            for mode, number in dict.fromkeys((mode, number) for mode, number, _ in wanted[name]):
-                play, samples = modes[mode]
-                if any((mode, number, sample) in missing[name] for sample in range(samples)):
+            lacking: dict[int, list[str]] = {}  # modes by number, in the order asked
+            for mode, number, sample in wanted[name]:
+                if (mode, number, sample) in missing[name] and mode not in lacking.setdefault(number, []):
+                    lacking[number].append(mode)
+            for number, of_number in lacking.items():
+                prompt = task.prompt(number, settings.split)  # once for all modes: some take long to draw
+                for mode in of_number:
                     places.append(Place(name, mode))
-                    yield Group(task, task.prompt(number, settings.split), play, samples, settings.seed)
+                    yield Group(task, prompt, *modes[mode], settings.seed)
 
     total, left = sum(map(len, wanted.values())), sum(map(len, missing.values()))
     with Progress(total, start=total - left, label="score") as progress:
@@ -215,13 +223,14 @@ class Bench:
             self.engine = Endpoint(settings.endpoint)
             self.weights = f"{settings.endpoint.url} {self.engine.model}"  # nobody can look at a server's weights
             return
-        held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype))
+        held = open_folder(target, FolderSettings(device=settings.device, dtype=settings.dtype, ops=settings.ops))
         if held.base:
             put(sys.stderr, f"{target} is a base model ({held.base}): nobody has taught it to answer.\n")
         self.engine, self.weights = Engine(held.model, held.tokenizer, settings.engine), model_digest(Path(target))
 
     def document(self) -> dict[str, Any]:
-        return {"model": self.target, "settings": config.plain(self.settings), "made_on": environment()}
+        plain, ops = config.plain(self.settings), backend.record()
+        return {"model": self.target, "settings": plain, "made_on": environment(), "ops": ops}
 
     def label(self, name: str, task: Task, settings: ScoreSettings) -> str:
         return f"{name}-{digest(task, settings, self.weights)}"

@@ -6,6 +6,7 @@ ruler_lexicon; the published essays, or any other text, are a file or folder of 
 
 import json
 import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,10 +33,25 @@ def noise(sentences: int) -> list[str]:
 
 def made_up(seed: int, words: int) -> list[str]:
     """The first `words` words of a text of made-up sentences; the same beginning for any number of words."""
-    random, found = Random(seed), list[str]()
-    while len(found) < words:
-        found += sentence(random).split()
-    return found[:words]
+    return essay(seed).first(words)
+
+
+@dataclass
+class Essay:
+    """A text without end, as far as anyone has read it."""
+
+    random: Random
+    words: list[str] = field(default_factory=list)
+
+    def first(self, words: int) -> list[str]:
+        while len(self.words) < words:
+            self.words += sentence(self.random).split()
+        return self.words[:words]
+
+
+@lru_cache(maxsize=1)  # the search for a problem's size reads the same text several times
+def essay(seed: int) -> Essay:
+    return Essay(Random(seed))
 
 
 def sentence(random: Random) -> str:
