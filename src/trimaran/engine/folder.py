@@ -15,6 +15,7 @@ from trimaran.engine.sampler import Sampling
 from trimaran.errors import Refusal
 from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
+from trimaran.ops.backend import OpsSettings, choose
 from trimaran.text.tokenizer import TURNS, Tokenizer
 
 
@@ -24,6 +25,7 @@ class FolderSettings(Sampling):
     draft: int = Field(0, ge=0)  # tokens that the model's draft block (MTP) proposes per pass
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    ops: OpsSettings = OpsSettings()
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def open_folder(target: str, settings: FolderSettings) -> Folder:
     if not path.is_dir():
         raise Refusal(f"no folder {target!r}", "a run or hub folder with config.json", "train one, or correct the path")
     check_draft(settings.draft, hub.read_config(path))  # before gigabytes are read
+    choose(settings.ops.backend)
     tokenizer = Tokenizer.load(path)
     stage = config.read(path / "recipe.toml").get("stage") if (path / "recipe.toml").exists() else None
     model = hub.load(path, dtype=getattr(torch, settings.dtype), device=placed(settings.device))

@@ -191,6 +191,14 @@ class PagedAttention:
         self.view = view
         self.k_SGK, self.v_SGK = view.memory.flat_kv(layer)
 
+    def reach(self, layout: Layout, keys: int, window: int | None) -> native.Reach | None:
+        """The pool, for passes whose sequences each read their own keys."""
+        at = self.view.apart
+        if at is None:
+            return None
+        self.view.memory.bytes_read += self.view.bytes_apart(window)
+        return native.Reach(self.k_SGK, self.v_SGK, at)
+
     def attend(
         self,
         q_BTHK: Tensor,
@@ -290,6 +298,27 @@ class PagedMamba:
         self.view, self.layer = view, layer
         self.tail, self.ssm = view.memory.tail[layer], view.memory.ssm[layer]
         self.trials: dict[int, Written] = {}
+
+    def slots(self, layout: Layout) -> native.Slots | None:
+        """Passes of one group, whose tokens are the whole pass in order: single tokens, or a short trial."""
+        groups = self.view.groups
+        group = groups[0]
+        if len(groups) > 1 or not isinstance(group.tokens, slice):
+            return None
+        if not (self._steps(group) if group.trial else group.count == 1):
+            return None
+        tail, ssm, slots = self.tail, self.ssm, None
+        if isinstance(group.slots, slice):
+            tail, ssm = tail[group.slots], ssm[group.slots]
+        else:
+            slots = group.slots
+        return native.Slots(tail, ssm, len(group.order), group.count, slots, group.trial)
+
+    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
+        """The window behind each tail and the states, until `keep` says what stays."""
+        tail = slots.tail_SWC if slots.slots_S is None else slots.tail_SWC[slots.slots_S]
+        inputs_SKC = inputs_NC.unflatten(0, (slots.documents, slots.tokens))
+        self.trials[0] = Written(conv.join_tail(inputs_SKC, tail.shape[1] + 1, tail), after_KSHPN)
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
         """Passes of single tokens and of short trials: each group in one call, its slots wherever they are."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from trimaran.disk import sync
 from trimaran.errors import Refusal, nearest_first
 from trimaran.model.dialects import dump_json, model_type, read_config, write_config
-from trimaran.model.hybrid import HybridModel, build
+from trimaran.model.hybrid import HybridModel, allocate, build
 from trimaran.model.names import Piece, pieces
 from trimaran.model.presets import PRESETS, SIZE, preset
 from trimaran.model.size import ShapeOnly
@@ -56,7 +56,8 @@ def load(
     found = {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
     check(folder, wanted, found)
     check_memory(str(folder), model, device)
-    model.to_empty(device=device)
+    for module in model.modules():
+        allocate(module, device, dtype)
     fill(model, wanted, files)
     if tied_head is not None:
         check_tied(model, tied_head.file)

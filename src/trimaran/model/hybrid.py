@@ -16,6 +16,7 @@ from trimaran.errors import Refusal
 from trimaran.model.attention import Attention
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.feedforward import FeedForward
+from trimaran.model.few import few
 from trimaran.model.layout import Layout, lay_out
 from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHead
 from trimaran.model.mamba import Mamba
@@ -62,6 +63,9 @@ class Block(nn.Module):
         """The block's work."""
         if self.alpha is not None:
             return step_on_sphere(x_BTD, self.mix(x_BTD, layout, state, keys), self.alpha)
+        done_BTD = few(self, x_BTD, layout, state, keys)
+        if done_BTD is not None:
+            return done_BTD
         assert self.norm is not None
         return x_BTD + self.mix(self.norm(x_BTD), layout, state, keys)
 

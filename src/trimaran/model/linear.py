@@ -30,6 +30,16 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
 
+def heard(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's calls with a hook."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def plain(module: object, kind: type[nn.Module]) -> bool:
+    """Whether a module is of the kind itself and nobody listens to it, so that a kernel may do its work unasked."""
+    return type(module) is kind and not heard(module)  # type: ignore[arg-type]
+
+
 class StackedLinear(nn.Module):
     """One linear map per expert, W [E, out, in], applied to rows laid out by `ops.experts`."""
 
@@ -52,8 +62,9 @@ class StackedLinear(nn.Module):
 
 def few_through(up: nn.Module, down: nn.Module, x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> Tensor | None:
     """The weighted sum of a few tokens' relu^2 experts in one call [M, I]; None where no kernel knows the case."""
-    if type(up) is not StackedLinear or type(down) is not StackedLinear:  # rewritten: its own forward counts
+    if not (plain(up, StackedLinear) and plain(down, StackedLinear)):  # rewritten: its own forward counts
         return None
+    assert isinstance(up, StackedLinear) and isinstance(down, StackedLinear)
     if triton_backend.runs("triton.experts", x_MI) and not torch.is_grad_enabled():
         from trimaran.ops import triton_experts
 

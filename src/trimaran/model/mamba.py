@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimaran.model.config import ModelConfig
 from trimaran.model.layout import Layout
-from trimaran.model.linear import Linear
+from trimaran.model.linear import Linear, plain
 from trimaran.model.norm import GatedRMSNorm
 from trimaran.model.scale import Scale
 from trimaran.model.state import MambaMemory
@@ -81,9 +81,9 @@ class Mamba(nn.Module):
             dt_BTH = dt_BTH * real_BT[..., None]  # a step of size 0 neither decays nor writes
         y_BTHP = self.scan(xs_BTHP, dt_BTH, B_BTGN, C_BTGN, layout, state)
         own = self.norm
-        if type(own) is GatedRMSNorm and native.takes_gated_norm(y_BTHP, xs_BTC, z_BTC):
+        if plain(own, GatedRMSNorm) and native.takes_gated_norm(y_BTHP, xs_BTC, z_BTC):
             return self.out_proj(native.gated_norm(y_BTHP, xs_BTC, self.D, z_BTC, own.weight, own.groups, own.eps))
-        if type(own) is GatedRMSNorm and native_training.takes_gated_norm(y_BTHP, xs_BTC, z_BTC, own.groups):
+        if plain(own, GatedRMSNorm) and native_training.takes_gated_norm(y_BTHP, xs_BTC, z_BTC, own.groups):
             given = y_BTHP, xs_BTC, self.D, z_BTC, own.weight, own.groups, own.eps
             return self.out_proj(native_training.GatedNorm.apply(*given))
         y_BTHP = torch.addcmul(y_BTHP, at_least_fp32(xs_BTHP), at_least_fp32(self.D)[:, None])
@@ -92,7 +92,7 @@ class Mamba(nn.Module):
     def takes(self, projected_SKC: Tensor, tail_SWC: Tensor, ssm_SHPN: Tensor) -> bool:
         """Whether `few` knows these tokens and this memory (ops.native, ops.triton_step)."""
         conv1d, norm = self.conv1d, self.norm
-        if type(conv1d) is not CausalConv or type(norm) is not GatedRMSNorm or norm.groups != self.groups:
+        if not plain(conv1d, CausalConv) or not plain(norm, GatedRMSNorm) or norm.groups != self.groups:
             return False
         if triton_backend.runs("triton.step", projected_SKC):
             from trimaran.ops import triton_step

@@ -56,6 +56,10 @@ class Mixer(Protocol):
 class AttentionMemory(Protocol):
     """What an attention layer asks of its memory."""
 
+    def reach(self, layout: Layout, keys: int, window: int | None) -> native.Reach | None:
+        """Room for the pass's keys and values, and where each query's keys lie; None: only `attend` knows."""
+        ...
+
     def attend(
         self,
         q_BTHK: Tensor,
@@ -72,6 +76,14 @@ class AttentionMemory(Protocol):
 
 class MambaMemory(Protocol):
     """What a Mamba layer asks of its memory, in this order, once per pass; the last two where `mix` gives nothing."""
+
+    def slots(self, layout: Layout) -> native.Slots | None:
+        """Where the pass's documents have their memory, one like the other and in order; None: not so."""
+        ...
+
+    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
+        """Notes what a trial's tokens gave the convolution, and the state after each."""
+        ...
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
         """All between the projections in one call per batch of tokens [B, T, H P], where the mixer and the pass allow.
@@ -134,6 +146,13 @@ class AttentionState:
     def __init__(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+
+    def reach(self, layout: Layout, keys: int, window: int | None) -> native.Reach | None:
+        """Rows that are all as long, in one document each."""
+        if self.k is None or self.v is None or layout.keys is None or layout.first_BT is not None:
+            return None
+        self.k, self.v = self._grown(self.k, self.k, keys), self._grown(self.v, self.v, keys)
+        return native.Reach(self.k.flatten(0, 1), self.v.flatten(0, 1), layout.rows_in(self.k.shape[1]))
 
     def attend(
         self,
@@ -228,9 +247,19 @@ class MambaState:
         self.ssm = at_least_fp32(torch.zeros(batch, heads, width, size, device=device, dtype=dtype))
         self.ring: Ring | None = None
 
-    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
-        """One token of a running document per row, outside of a trial: tail and state move on in place."""
+    def slots(self, layout: Layout) -> native.Slots | None:
+        """One token of a running document per row, outside of a trial."""
         if self.ring is not None or not is_step(layout) or self.ssm.requires_grad or self.tail.requires_grad:
+            return None
+        return native.Slots(self.tail, self.ssm, len(self.tail), 1)
+
+    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
+        """Never: `slots` knows no trial."""
+        raise AssertionError("a trial of a State goes through its ring")
+
+    def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
+        """As `slots`: tail and state move on in place."""
+        if self.slots(layout) is None:
             return None
         if not mixer.takes(projected_BTC, self.tail, self.ssm):
             return None

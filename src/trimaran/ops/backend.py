@@ -25,10 +25,24 @@ from pydantic import Field
 
 from trimaran.config import Settings
 from trimaran.errors import Refusal
+from trimaran.ops.memory import keep_freed_memory
 
 TWINS = {
     "torch": ("attention", "conv", "experts", "loss", "norm", "relu2", "ssd"),
-    "native": ("attention", "conv", "experts", "gated_norm", "linear", "loss", "mamba", "norm", "relu2", "router", "scan"),
+    "native": (
+        "attention",
+        "blocks",
+        "conv",
+        "experts",
+        "gated_norm",
+        "linear",
+        "loss",
+        "mamba",
+        "norm",
+        "relu2",
+        "router",
+        "scan",
+    ),
     "triton": ("conv", "experts", "norm", "paged", "relu2", "router", "ssd", "step"),
 }
 MODULES = {"native": "trimaran.ops.native", "triton": "trimaran.ops.triton_backend"}  # each has missing() -> str | None
@@ -95,6 +109,13 @@ def choose(setting: str) -> None:
         if reason is not None:
             raise Refusal(f"ops.backend = {setting!r}, and here {reason}", "twins that can run", f"leave out {word!r}")
     _chosen = choice
+
+
+def own_process(settings: OpsSettings) -> None:
+    """What a verb does that has the process to itself: makes the choice, and keeps freed memory (ops.memory), which is
+    worth a tenth of a small model's step."""
+    choose(settings.backend)
+    keep_freed_memory()
 
 
 @contextlib.contextmanager

@@ -45,6 +45,15 @@ SIGNATURES = {
     "scan_room": [_I] * 4,
     "gated_norm": [_P, _P, _I, _P, _P, _I, _P, _P] + [_I] * 4 + [_F, _P, _I],
     "relu2": [_P, _P, _I],
+    "ffn_block": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _P, _P],
+    "mamba_block": [_P] * 3
+    + [_I, _I, _F, _P, _P]
+    + [_I] * 5
+    + [_P] * 6
+    + [_F, _P, _P, _I, _P, _I, _P, _P, _I, _I]
+    + [_P, _I, _P],
+    "attention_block": [_P] * 3 + [_I, _I, _F] + [_P] * 10 + [_I] * 8 + [_F, _I, _P, _P],
+    "moe_block": [_P] * 3 + [_I, _I, _F] + [_P] * 8 + [_I] * 5 + [_C, _F, _P, _P],
 }
 
 
@@ -88,7 +97,7 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
+def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
     return getattr(library(), f"{name}_{NAMES[dtype]}")
 
 
@@ -115,10 +124,16 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     rows = x.numel() // inner
     y = x.new_empty((*x.shape[:-1], outputs))
     turned = torch.empty(-(-rows // 32) * 32 * inner, dtype=torch.int32) if rows > TURNED else x
-    _function("linear", x.dtype)(
+    function("linear", x.dtype)(
         x.data_ptr(), weight_OI.data_ptr(), y.data_ptr(), rows, inner, outputs, turned.data_ptr(), False
     )
     return y
+
+
+def takes_block(x_BTD: Tensor, norm_D: Tensor) -> bool:
+    """Whether a block of ops.native_blocks may run on x: few rows, no autocast."""
+    few = 0 < x_BTD.numel() <= ROWS * x_BTD.shape[-1]
+    return few and runs("native.blocks", x_BTD, norm_D) and not torch.is_autocast_enabled("cpu")
 
 
 def takes_norm(x: Tensor, weight_D: Tensor) -> bool:
@@ -129,9 +144,7 @@ def takes_norm(x: Tensor, weight_D: Tensor) -> bool:
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """ops.norm.rms_norm, in x's dtype."""
     y, width = torch.empty_like(x_D), x_D.shape[-1]
-    _function("rms_norm", x_D.dtype)(
-        x_D.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x_D.numel() // width, width, eps
-    )
+    function("rms_norm", x_D.dtype)(x_D.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x_D.numel() // width, width, eps)
     return y
 
 
@@ -179,7 +192,7 @@ def mamba(
     after = state_SHPN.new_empty(tokens, documents, heads, width, size) if trial else None
     threads = min(torch.get_num_threads(), documents * groups)
     scratch = torch.empty(threads * 2 * (heads * width // groups + size))
-    _function("mamba", projected_SKC.dtype)(
+    function("mamba", projected_SKC.dtype)(
         *(heads, width, groups, size, conv_C1W.shape[-1]),
         conv_C1W.data_ptr(),
         None if conv_bias_C is None else conv_bias_C.data_ptr(),
@@ -200,6 +213,7 @@ class Table:
 
     starts_SZ: the place where each page begins; queries: where each sequence's queries begin, S + 1 numbers; before_S:
     keys before its first query. Key j lies `shift` further on. most: queries of the longest; longest: its keys.
+    places_N: where the keys of the queries themselves lie.
     """
 
     starts_SZ: Tensor
@@ -209,6 +223,36 @@ class Table:
     shift: int
     most: int
     longest: int
+    places_N: Tensor
+
+    def pieces(self, groups: int, window: int | None) -> int:
+        """In how many pieces each sequence's keys are read, so that every thread has work."""
+        keys = self.longest if window is None else min(self.longest, window + self.most)
+        return max(1, min(2 * torch.get_num_threads() // (len(self.before_S) * groups), keys // PIECE, 64))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The pools of keys and values [X, G, K] that a layer's queries read, and where theirs lie."""
+
+    k_XGK: Tensor
+    v_XGK: Tensor
+    at: Table
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the documents of a pass have their tails and states; slots_S: which row is whose (None: 0, 1, 2 ...).
+
+    trial: they stay as they are.
+    """
+
+    tail_SWC: Tensor
+    ssm_SHPN: Tensor
+    documents: int
+    tokens: int
+    slots_S: Tensor | None = None
+    trial: bool = False
 
 
 def table(
@@ -221,7 +265,13 @@ def table(
         queries.append(queries[-1] + count)
     longest = max(b + c for b, c in zip(before, counts, strict=True))
     padded = torch.tensor([[*own, *[0] * (deepest - len(own))] for own in starts])
-    return Table(padded, torch.tensor(queries), torch.tensor(before), page, shift, max(counts), longest)
+    places = [
+        own[(key + shift) // page] + (key + shift) % page
+        for own, count, past in zip(starts, counts, before, strict=True)
+        for key in range(past, past + count)
+    ]
+    ends = torch.tensor(queries), torch.tensor(before)
+    return Table(padded, *ends, page, shift, max(counts), longest, torch.tensor(places))
 
 
 def takes_attention(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, most: int) -> bool:
@@ -235,11 +285,10 @@ def attend(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, at: Table, window: int |
     """Causal attention of a few queries of each sequence over its keys in a pool of X places: [N, H, K]."""
     (_, heads, width), groups = q_NHK.shape, k_XGK.shape[1]
     sequences, deepest = at.starts_SZ.shape
-    keys = at.longest if window is None else min(at.longest, window + at.most)
-    pieces = max(1, min(2 * torch.get_num_threads() // (sequences * groups), keys // PIECE, 64))
+    pieces = at.pieces(groups, window)
     out_NHK = torch.empty_like(q_NHK)
     scratch = torch.empty(sequences * groups * pieces * MOST_QUERIES * (2 + width))
-    _function("attend", q_NHK.dtype)(
+    function("attend", q_NHK.dtype)(
         *(t.data_ptr() for t in (q_NHK, k_XGK, v_XGK, out_NHK, at.starts_SZ, at.queries, at.before_S)),
         *(sequences, deepest, at.page, at.shift, heads, groups, width, window or 0),
         *(scale, pieces, scratch.data_ptr()),
@@ -260,7 +309,7 @@ def route(
     (tokens, inner), experts = x_MD.shape, len(weight_ED)
     scores_ME = torch.empty(tokens, experts)
     ids_MK, weights_MK = torch.empty(tokens, k, dtype=torch.long), torch.empty(tokens, k)
-    _function("route", x_MD.dtype)(
+    function("route", x_MD.dtype)(
         *(x_MD.data_ptr(), weight_ED.data_ptr(), bias_E.data_ptr(), tokens, inner, experts, k, normalise, factor),
         *(scores_ME.data_ptr(), ids_MK.data_ptr(), weights_MK.data_ptr()),
     )
@@ -278,7 +327,7 @@ def experts(x_MI: Tensor, ids_MK: Tensor, weights_MK: Tensor, up_EFI: Tensor, do
     (tokens, k), (count, ffn, width) = ids_MK.shape, up_EFI.shape
     out_MI = torch.empty(tokens, width)
     hidden, fed = x_MI.new_empty(tokens * k, ffn), torch.empty(tokens * k, width)
-    _function("experts", x_MI.dtype)(
+    function("experts", x_MI.dtype)(
         *(x_MI.data_ptr(), ids_MK.data_ptr(), weights_MK.data_ptr(), up_EFI.data_ptr(), down_EIF.data_ptr()),
         *(out_MI.data_ptr(), tokens, k, count, width, ffn, hidden.data_ptr(), fed.data_ptr()),
     )
@@ -300,7 +349,7 @@ def conv_silu(
     y = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
     weight, bias = weight_CW.float().contiguous(), None if bias_C is None else bias_C.float().contiguous()
     tail, seg = (None if t is None else t.contiguous() for t in (tail_BWC, seg_BT))
-    _function("conv_silu", x_BTC.dtype)(
+    function("conv_silu", x_BTC.dtype)(
         *(x_BTC.data_ptr(), x_BTC.stride(0), x_BTC.stride(1), weight.data_ptr()),
         *(None if t is None else t.data_ptr() for t in (bias, tail, seg, y)),
         *(batch, length, channels, taps),
@@ -343,8 +392,8 @@ def scan(
     parts = min(heads // groups, -(-threads // (batch * groups)))
     threads = min(threads, batch * groups * parts)
     each = -(-(heads // groups) // parts)
-    scratch = torch.empty(threads * _function("scan_room", x_BTHP.dtype)(width, size, chunk, each))
-    _function("scan", x_BTHP.dtype)(
+    scratch = torch.empty(threads * function("scan_room", x_BTHP.dtype)(width, size, chunk, each))
+    function("scan", x_BTHP.dtype)(
         *(t.data_ptr() for t in (x_BTHP, B_BTGN, C_BTGN, dt_BTH, A)),
         None if seg is None else seg.data_ptr(),
         state.data_ptr(),
@@ -377,7 +426,7 @@ def gated_norm(
     out = torch.empty(gate_BTC.shape, dtype=gate_BTC.dtype)
     threads = min(torch.get_num_threads(), batch * length)
     scratch, weight = torch.empty(threads * heads * width // groups), weight_C.float().contiguous()
-    _function("gated_norm", gate_BTC.dtype)(
+    function("gated_norm", gate_BTC.dtype)(
         *(y_BTHP.data_ptr(), x_BTC.data_ptr(), x_BTC.stride(1), D_H.data_ptr()),
         *(gate_BTC.data_ptr(), gate_BTC.stride(1), weight.data_ptr(), out.data_ptr()),
         *(batch * length, heads, width, groups, eps, scratch.data_ptr(), threads),
@@ -388,5 +437,5 @@ def gated_norm(
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2 of contiguous x, without gradient; ask `runs("native.relu2", x)` first."""
     y = torch.empty_like(x)
-    _function("relu2", x.dtype)(x.data_ptr(), y.data_ptr(), x.numel())
+    function("relu2", x.dtype)(x.data_ptr(), y.data_ptr(), x.numel())
     return y

@@ -33,7 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trimaran.errors import Refusal
 from trimaran.model.layout import Layout, lay_out
 from trimaran.model.state import Convolution, Mixer, PassMemory
-from trimaran.ops import ssd
+from trimaran.ops import native, ssd
 from trimaran.ops.attention import attention, attention_of_last
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.parallel.collectives import before, deal, gather, gathered
@@ -100,6 +100,9 @@ class Piece(PassMemory):
     def advance(self, layout: Layout, doc_ids_BT: Tensor | None) -> None:
         """Nothing is remembered."""
 
+    def reach(self, layout: Layout, keys: int, window: int | None) -> None:
+        """None at once: keys come from other processes."""
+
     def attend(
         self,
         q_BTHK: Tensor,
@@ -149,8 +152,15 @@ class Piece(PassMemory):
             rows.append(torch.cat(parts, 1))
         return torch.cat(rows)
 
+    def slots(self, layout: Layout) -> None:
+        """None at once: tails and states come from other processes."""
+
+    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
+        """Never: `slots` gives nothing."""
+        raise AssertionError("a pass over several processes has no trials")
+
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> None:
-        """Nothing at once: tails and states come from other processes."""
+        """None either."""
 
     def convolve(self, conv1d: Convolution, inputs_BTC: Tensor, layout: Layout) -> Tensor:
         """The short convolution behind the last inputs of earlier pieces."""

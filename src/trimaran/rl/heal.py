@@ -18,7 +18,7 @@ from trimaran.engine.engine import Engine
 from trimaran.errors import writing
 from trimaran.evals.play import Group
 from trimaran.model.hybrid import HybridModel
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.report import say
 from trimaran.rl.acceptance import Acceptance, compared, measure
 from trimaran.rl.curriculum import apportioned
@@ -42,7 +42,7 @@ def main(recipe: HealRecipe) -> int:
 
     result.json of the run folder has the acceptance length before and after, greedy and sampled.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     environments = {name: one.located() for name, one in recipe.environments.items()}
     recipe = recipe.replace(start=absolute(recipe.start), run=absolute(recipe.run), environments=environments)
     return carry_out(recipe, lambda: begin(recipe), lambda run: finish(recipe, run))

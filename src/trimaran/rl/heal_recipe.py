@@ -8,6 +8,7 @@ from trimaran.config import Settings
 from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal
 from trimaran.evals.play import PlaySettings
+from trimaran.ops.backend import OpsSettings
 from trimaran.rl.recipe import Environment, UpdateSettings
 
 
@@ -69,6 +70,7 @@ class HealRecipe(Settings):
     measure: MeasureSettings = MeasureSettings()
     engine: EngineSettings = EngineSettings()
     train: HealTraining
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="after")
     def _fits(self) -> "HealRecipe":

@@ -10,7 +10,7 @@ from trimaran.engine.engine import Engine
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.lora import LowRankHead
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.report import curve_png, read_metrics, say, series
 from trimaran.rl.objective import PolicyGradient
 from trimaran.rl.recipe import RLRecipe
@@ -30,7 +30,7 @@ def main(recipe: RLRecipe) -> int:
 
     The run folder ends as a hub folder, with rollouts.jsonl and transcripts.md beside what every run leaves.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     recipe = located(recipe)
     return carry_out(recipe, lambda: begin(recipe), finish)
 

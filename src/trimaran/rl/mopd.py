@@ -20,7 +20,7 @@ import numpy as np
 from trimaran.errors import Refusal
 from trimaran.evals.records import model_digest
 from trimaran.model.hybrid import HybridModel
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.report import read_metrics, say
 from trimaran.rl.main import begin, located
 from trimaran.rl.mopd_recipe import MopdRecipe
@@ -39,7 +39,7 @@ def main(recipe: MopdRecipe) -> int:
 
     The run folder ends as one of reinforcement learning does.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     teachers = {name: one.replace(path=absolute(one.path)) for name, one in recipe.teachers.items()}
     here = located(recipe.model_copy(update={"teachers": teachers}))
     assert isinstance(here, MopdRecipe)

@@ -11,7 +11,7 @@ from trimaran.data.examples import check_template
 from trimaran.errors import Refusal, writing
 from trimaran.model.adapter import fingerprint, opened
 from trimaran.model.hybrid import HybridModel
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.report import say
 from trimaran.rl.preference import Preference, measured, reference_logprobs
 from trimaran.rl.preference_pairs import Pairs, PairSource, read_pairs
@@ -31,7 +31,7 @@ def main(recipe: PreferenceRecipe) -> int:
     The run folder ends as a hub folder, with the reference's log-probabilities in it and the held-out pairs measured
     in result.json.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     recipe = located(recipe)
     return carry_out(recipe, lambda: begin(recipe), finish)
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from trimaran.config import Settings
 from trimaran.errors import Refusal
 from trimaran.model.lora import LoraSettings
+from trimaran.ops.backend import OpsSettings
 from trimaran.train.adapters import with_still_routers
 from trimaran.train.recipe import TrainSettings
 
@@ -65,6 +66,7 @@ class PreferenceRecipe(Settings):
     preference: PreferenceSettings = PreferenceSettings()
     train: PreferenceTrainSettings
     lora: LoraSettings | None = None
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from trimaran.engine.request import EngineSettings
 from trimaran.errors import Refusal
 from trimaran.evals.play import PlaySettings
 from trimaran.model.lora import LoraSettings
+from trimaran.ops.backend import OpsSettings
 from trimaran.tasks import names
 from trimaran.tasks.task import Task
 from trimaran.train.adapters import with_still_routers
@@ -184,6 +185,7 @@ class RLRecipe(Settings):
     engine: EngineSettings = EngineSettings()
     train: UpdateSettings
     lora: LoraSettings | None = None
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="before")
     @classmethod

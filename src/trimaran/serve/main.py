@@ -70,7 +70,7 @@ def running(target: str | Path, overrides: Sequence[str] = ("serve.port=0",)) ->
 
 def service_of(target: str, settings: ServerSettings) -> Service:
     """Opens the folder and starts its engine."""
-    placement = FolderSettings(device=settings.device, dtype=settings.dtype)
+    placement = FolderSettings(device=settings.device, dtype=settings.dtype, ops=settings.ops)
     folder = open_folder(target, placement)
     draft = None if settings.draft_model is None else open_draft(settings.draft_model, placement, folder)
     engine = Engine(folder.model, folder.tokenizer, settings.engine, draft_model=None if draft is None else draft.model)

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 from trimaran.config import Settings
 from trimaran.engine.constrain import ConstraintLimits
 from trimaran.engine.request import EngineSettings
+from trimaran.ops.backend import OpsSettings
 from trimaran.text.tools import ToolLimits
 
 KEY = "TRIMARAN_API_KEY"
@@ -78,3 +79,4 @@ class ServerSettings(Settings):
     draft_model: str | None = None  # folder of a small model with the same tokenizer, for engine.drafter=model
     serve: ServeSettings = ServeSettings()
     engine: EngineSettings = EngineSettings()
+    ops: OpsSettings = OpsSettings()

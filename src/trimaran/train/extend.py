@@ -19,7 +19,7 @@ from trimaran.data.recalled import Recalled
 from trimaran.data.shards import TokenShards
 from trimaran.errors import Refusal, writing
 from trimaran.model.hybrid import HybridModel
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.parallel.launch import in_turn, joined
 from trimaran.parallel.world import World
 from trimaran.report import say
@@ -44,7 +44,7 @@ def main(recipe: ExtendRecipe) -> int:
 
     result.json of the run folder has bits per byte at every length, and the share of key recall, before and after.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     data = pretrain.located_data(recipe.data)
     recipe = recipe.model_copy(update={"start": absolute(recipe.start), "run": absolute(recipe.run), "data": data})
     with joined(recipe.parallel, place(recipe.train.device)) as world:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from trimaran.config import Settings
 from trimaran.errors import Refusal
+from trimaran.ops.backend import OpsSettings
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.tasks.recall import Recall
 from trimaran.train.recipe import DataSettings, TrainSettings, check_spread
@@ -63,6 +64,7 @@ class ExtendRecipe(Settings):
     data: LongData
     train: ConstantTrain
     parallel: ParallelSettings = ParallelSettings()
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="after")
     def _dealt_out(self) -> "ExtendRecipe":

@@ -13,6 +13,7 @@ from trimaran.config import Settings
 from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.size import count
+from trimaran.ops.backend import record
 from trimaran.parallel.launch import in_turn
 from trimaran.parallel.world import World
 from trimaran.report import curve_png, environment, read_metrics, say, series
@@ -140,7 +141,8 @@ def saved(run: Run, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     last = (read_metrics(metrics) or [{}])[-1]
     kept = {name: last.get(name) for name in ("tokens", "loss", "held_out_loss", "bits_per_byte", "wall_s", "cpu_s")}
     sizes = count(run.model.config)
-    result = {"steps": run.step, **kept, "parameters": sizes.total, "active": sizes.active, "made_on": environment()}
+    made = {"parameters": sizes.total, "active": sizes.active, "made_on": environment(), "ops": record()}
+    result = {"steps": run.step, **kept, **made}
     result |= beside or {}
     with writing(folder / RESULT):
         temporary = folder / f".{RESULT}"

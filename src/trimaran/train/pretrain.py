@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.parallel.launch import in_turn, joined
 from trimaran.report import say
 from trimaran.train.folder import absolute, carry_out, saved
@@ -19,7 +19,7 @@ def main(recipe: PretrainRecipe, texts: Texts | None = None) -> int:
     The run folder ends as a hub folder (config.json, safetensors, tokenizer, chat template) with recipe.toml,
     metrics.jsonl, curve.png and result.json, which is written last. `texts` stands in for those the recipe names.
     """
-    keep_freed_memory()  # worth a tenth of a small model's step; whoever calls this owns the process
+    own_process(recipe.ops)
     recipe = located(recipe)
     with joined(recipe.parallel, place(recipe.train.device)) as world:
 

@@ -13,6 +13,7 @@ from trimaran.errors import Refusal
 from trimaran.model.config import LETTERS, ModelConfig
 from trimaran.model.presets import preset, sized
 from trimaran.model.size import ShapeOnly
+from trimaran.ops.backend import OpsSettings
 from trimaran.parallel.settings import ParallelSettings
 from trimaran.quant.settings import FormatSettings
 from trimaran.train.schedule import Schedule
@@ -167,6 +168,7 @@ class PretrainRecipe(Settings):
     data: DataSettings
     train: TrainSettings
     parallel: ParallelSettings = ParallelSettings()
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from trimaran.data.packs import Answers, Packs
 from trimaran.errors import Refusal, writing
 from trimaran.model import hub
 from trimaran.model.hybrid import HybridModel
-from trimaran.ops.memory import keep_freed_memory
+from trimaran.ops.backend import own_process
 from trimaran.report import say
 from trimaran.tasks import names
 from trimaran.tasks.gold import conversations
@@ -30,7 +30,7 @@ def main(recipe: SftRecipe) -> int:
 
     The run folder ends as a hub folder, as `pretrain.main` leaves one.
     """
-    keep_freed_memory()
+    own_process(recipe.ops)
     recipe = located(recipe)
     return carry_out(recipe, lambda: begin(recipe))
 

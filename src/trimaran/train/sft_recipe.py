@@ -8,6 +8,7 @@ from trimaran.config import Settings
 from trimaran.data.packs import Weighting
 from trimaran.errors import Refusal
 from trimaran.model.lora import LoraSettings
+from trimaran.ops.backend import OpsSettings
 from trimaran.train.adapters import with_still_routers
 from trimaran.train.recipe import TrainSettings
 
@@ -61,6 +62,7 @@ class SftRecipe(Settings):
     data: MessagesSettings
     train: TrainSettings
     lora: LoraSettings | None = None
+    ops: OpsSettings = OpsSettings()
 
     @model_validator(mode="before")
     @classmethod

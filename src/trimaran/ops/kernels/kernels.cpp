@@ -1,5 +1,5 @@
 // The kernels by name, as ops/native.py calls them. Plain C functions: no Python, no torch, no C++ library.
-#include "attention.h"
+#include "blocks.h"
 #include "conv.h"
 #include "experts.h"
 #include "mamba.h"
@@ -7,22 +7,11 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-static const int MOST_ROWS = 64;
-
-template <class T, class Out>
-static void linear_rows(const T *x, const T *weight, Out *y, int64_t rows, int64_t inner, int64_t outputs,
-                        uint32_t *turned, int squared) {
-    const T *from[MOST_ROWS];
-    Out *to[MOST_ROWS];
-    for (int64_t r = 0; r < rows; r++) from[r] = x + r * inner, to[r] = y + r * outputs;
-    linear<T, Out>({from, weight, to, rows, inner, (bool)squared}, outputs, turned);
-}
-
 EXPORT void linear_bf16(const bf16 *x, const bf16 *w, bf16 *y, int64_t m, int64_t k, int64_t n, uint32_t *t, int sq) {
-    linear_rows(x, w, y, m, k, n, t, sq);
+    map(x, w, y, m, k, n, t, sq);
 }
 EXPORT void linear_fp32(const float *x, const float *w, float *y, int64_t m, int64_t k, int64_t n, uint32_t *t, int sq) {
-    linear_rows(x, w, y, m, k, n, t, sq);
+    map(x, w, y, m, k, n, t, sq);
 }
 
 EXPORT void rms_norm_bf16(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t width, float eps) {
@@ -97,4 +86,43 @@ EXPERTS(route_fp32, experts_fp32, float)
     EXPORT void RELU2(const T *x, T *y, int64_t count) { relu2_all(x, y, count); }
 PREFILL(conv_silu_bf16, scan_bf16, scan_room_bf16, gated_norm_bf16, relu2_bf16, bf16)
 PREFILL(conv_silu_fp32, scan_fp32, scan_room_fp32, gated_norm_fp32, relu2_fp32, float)
+
+#define BLOCKS(FFN, MAMBA, ATTENTION, MOE, T)                                                                          \
+    EXPORT void FFN(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *up,              \
+                    const T *down, int64_t ffn, uint32_t *turned, char *arena) {                                       \
+        ffn_block<T>({x, norm, y, rows, width, eps}, up, down, ffn, turned, {arena});                                  \
+    }                                                                                                                  \
+    EXPORT void MAMBA(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *in,            \
+                      const T *out, int64_t heads, int64_t head, int64_t groups, int64_t size, int64_t taps,           \
+                      const T *conv_weight, const T *conv_bias, const float *A_log, const float *D,                    \
+                      const float *dt_bias, const T *norm_weight, float norm_eps, T *projected, T *tail,               \
+                      int64_t tail_stride, float *state, int64_t state_stride, const int64_t *slots, float *after,     \
+                      int64_t documents, int64_t tokens, uint32_t *turned, int64_t threads, char *arena) {             \
+        mamba_block<T>({x, norm, y, rows, width, eps}, in, out,                                                        \
+                       {heads, head, groups, size, taps, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight,       \
+                        norm_eps},                                                                                     \
+                       {nullptr, nullptr, tail, state, tail_stride, state_stride, slots, after, documents, tokens},    \
+                       projected, turned, threads, {arena});                                                           \
+    }                                                                                                                  \
+    EXPORT void ATTENTION(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *q,         \
+                          const T *k, const T *v, const T *o, const int64_t *places, const T *keys, const T *values,   \
+                          const int64_t *starts, const int64_t *queries, const int64_t *before, int64_t sequences,     \
+                          int64_t deepest, int64_t page, int64_t shift, int64_t heads, int64_t groups, int64_t head,   \
+                          int64_t window, float scale, int64_t pieces, uint32_t *turned, char *arena) {                \
+        attention_block<T>({x, norm, y, rows, width, eps}, q, k, v, o, places,                                         \
+                           {nullptr, keys, values, nullptr, starts, queries, before, sequences, deepest, page, shift,  \
+                            heads, groups, head, window, scale, pieces},                                               \
+                           turned, {arena});                                                                           \
+    }                                                                                                                  \
+    EXPORT void MOE(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *router,          \
+                    const float *bias, const T *into, const T *from, const T *up, const T *down, const T *shared_up,   \
+                    const T *shared_down, int64_t count, int64_t k, int64_t latent, int64_t ffn, int64_t shared,       \
+                    int normalise, float factor, uint32_t *turned, char *arena) {                                      \
+        moe_block<T>({x, norm, y, rows, width, eps},                                                                   \
+                     {router, bias, into, from, up, down, shared_up, shared_down, count, k, latent, ffn, shared,       \
+                      normalise, factor},                                                                              \
+                     turned, {arena});                                                                                 \
+    }
+BLOCKS(ffn_block_bf16, mamba_block_bf16, attention_block_bf16, moe_block_bf16, bf16)
+BLOCKS(ffn_block_fp32, mamba_block_fp32, attention_block_fp32, moe_block_fp32, float)
 #include "training_exports.h"

@@ -7,6 +7,7 @@
 #pragma once
 #include "lanes.h"
 
+static const int MOST_ROWS = 64;
 static const int SIDE = 4, FEW = 8, COLUMNS = 32;
 static const int AHEAD = 8;  // rows of W between use and prefetch: memory is slower than the products
 
