@@ -37,7 +37,7 @@ def heard(module: nn.Module) -> bool:
 
 def plain(module: object, kind: type[nn.Module]) -> bool:
     """Whether a module is of the kind itself and nobody listens to it, so that a kernel may do its work unasked."""
-    return type(module) is kind and not heard(module)  # type: ignore[arg-type]
+    return type(module) is kind and not heard(module)
 
 
 class StackedLinear(nn.Module):

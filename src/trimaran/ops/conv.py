@@ -121,8 +121,8 @@ class CausalConvSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, tail, seg = ctx.saved_tensors
         if native_training.takes_conv_backward(x, grad, tail, weight.shape[1]):
-            dx, dweight, dbias, dtail = native_training.conv_backward(x, weight, bias, tail, seg, grad)
-            return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dtail, None
+            dx, dweight, total_C, dtail = native_training.conv_backward(x, weight, bias, tail, seg, grad)
+            return dx, dweight.to(weight.dtype), None if bias is None else total_C.to(bias.dtype), dtail, None
         taps, weight_WC = weight.shape[1], at_least_fp32(weight).t().contiguous()
         dx, dweight_WC = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight_WC)
         dbias_C = torch.zeros_like(weight_WC[0])
