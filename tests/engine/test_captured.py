@@ -91,7 +91,7 @@ def test_a_narrow_state_is_rounded_as_in_ordinary_passes():
 @pytest.mark.parametrize("ssm_dtype", [None, torch.float16])
 def test_kernels_for_a_gpu_equal_ordinary_passes(ssm_dtype):
     pytest.importorskip("triton")
-    with backend.using("triton"):
+    with backend.using("triton,-native"):
         compared(build(config("ME*W" if ssm_dtype is None else "M"), device=DEVICE), ssm_dtype, 1e-3)
 
 

@@ -56,6 +56,7 @@ def route_kernel(
     chosen, found = tl.zeros([K_BLOCK], tl.int64), tl.zeros([K_BLOCK], tl.float32)
     for k in range(K):
         _, where = best_of(biased, expert)
+        where = tl.minimum(where, E - 1)  # NaN has no largest: weights of NaN then, but no id that is nobody's
         chosen = tl.where(choice == k, where, chosen)
         found = tl.where(choice == k, tl.sum(tl.where(expert == where, score, 0.0), 0), found)
         biased = tl.where(expert == where, float("-inf"), biased)

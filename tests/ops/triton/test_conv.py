@@ -37,8 +37,7 @@ def test_conv_equals_formula(length, dtype, carried, borders):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [63, 100, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "carried"])
-@pytest.mark.parametrize("borders", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(("carried", "borders"), [(False, False), (True, True)], ids=["fresh", "carried, documents"])
 def test_conv_equals_formula_at_length(length, dtype, carried, borders):
     check(length, 67, dtype, carried, borders, bias=carried)
 

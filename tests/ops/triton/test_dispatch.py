@@ -86,7 +86,7 @@ def test_every_kernel_runs_where_named_and_gives_the_references_numbers(model, e
     with backend.using("reference"):
         expected = everything(model)
     assert not entered
-    with backend.using("triton"):
+    with backend.using("triton,-native"):
         found = everything(model)
     # "paged" belongs to the engine's captured step: tests/engine/test_captured.py
     assert entered == set(TWINS) == set(backend.TWINS["triton"]) - {"paged"}
@@ -101,6 +101,6 @@ def test_the_interpreter_runs_nothing_unasked(model, entered):
 
 
 def test_one_kernel_can_be_forbidden(model, entered):
-    with backend.using("triton,-triton.ssd"):
+    with backend.using("triton,-native,-triton.ssd"):
         decoded(model, torch.arange(9, device=DEVICE)[None])
     assert "ssd" not in entered and {"conv", "norm", "step"} <= entered

@@ -54,6 +54,13 @@ def test_choice_equals_the_routers_with_many_experts(tokens, experts, k, groups,
     check(tokens, experts, k, groups, kept, True)
 
 
+def test_a_row_of_nan_gives_nan_and_ids_that_exist():
+    logits = torch.tensor([[float("nan")] * 5, [0.0, 1.0, 2.0, 3.0, 4.0]])
+    _, ids, weights = triton_router.route(guarded(logits), guarded(torch.zeros(5)), 2, 1, 1, True, 1.0)
+    assert ids.min() >= 0 and ids.max() < 5 and sorted(ids[1].tolist()) == [3, 4]
+    assert weights[0].isnan().all() and weights[1].isfinite().all()
+
+
 def test_a_row_whose_scores_all_underflow_gives_no_nan():
     logits = torch.full((1, 4), -200.0, requires_grad=True)
     _, _, weights = triton_router.route(guarded(logits), guarded(torch.zeros(4)), 2, 1, 1, True, 1.0)
