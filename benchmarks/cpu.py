@@ -157,7 +157,8 @@ class Bench:
             sides["llama.cpp"] = turns.side(case, tokens, repeat + 1)
         found = row(case, self.name, self.dtype, sides, repeat)
         if turns is not None and "red" not in found:
-            found["peers"]["llama.cpp"]["own_tool"] = round(turns.own_tool(case, tokens), 1)
+            told = turns.own_tool(case, tokens)
+            found["peers"]["llama.cpp"]["own_tool"] = None if told is None else round(told, 1)
         return found
 
 

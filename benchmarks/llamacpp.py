@@ -210,7 +210,7 @@ class Turns:
         self.read("feed", tokens[:, :PROMPT])
         return Side(lambda: self.read("steps", new), new.numel(), lambda: self.newest)
 
-    def own_tool(self, case: str, tokens: Tensor) -> float:
+    def own_tool(self, case: str, tokens: Tensor) -> float | None:
         """Tokens per second as llama.cpp's own tool reports them for the same sizes (random tokens of its choice)."""
         rows, length = tokens.shape
         common = ["-m", str(self.gguf), "-t", str(self.threads)]
@@ -225,13 +225,14 @@ class Turns:
         return tool_speed(found.stdout)
 
 
-def tool_speed(text: str) -> float:
-    """Tokens per second in what llama-bench (-o json) or llama-batched-bench (jsonl, its decoding) printed."""
+def tool_speed(text: str) -> float | None:
+    """Tokens per second in what llama-bench (-o json) or llama-batched-bench (jsonl, its decoding) printed; None where
+    the latter ended well without a line, as it does at times."""
     if text.lstrip().startswith("["):
         (test,) = json.loads(text)
         return sorted(test["samples_ts"])[len(test["samples_ts"]) // 2]
-    (line,) = [line for line in text.splitlines() if line.startswith("{")]
-    return json.loads(line)["speed_tg"]
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[0])["speed_tg"] if lines else None
 
 
 if __name__ == "__main__":

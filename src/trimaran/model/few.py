@@ -29,8 +29,9 @@ def few(block: "Block", x_BTD: Tensor, layout: Layout, state: Any, keys: int) ->
     """The block's output, or None and nothing has happened."""
     if x_BTD.shape[0] * x_BTD.shape[1] > native.ROWS or torch.is_grad_enabled():
         return None
-    mixer, norm = block.mixer, block.norm
-    if norm is None or not plain(norm, RMSNorm) or heard(mixer) or not native.takes_block(x_BTD, norm.weight):
+    parts: dict[str, Any] = block._modules
+    mixer, norm = parts["mixer"], parts.get("norm")
+    if norm is None or not plain(norm, RMSNorm) or heard(mixer) or not native.takes_block(x_BTD, weight(norm)):
         return None
     if type(mixer) is Mamba:
         return few_mamba(mixer, norm, x_BTD, layout, state)
@@ -43,45 +44,54 @@ def few(block: "Block", x_BTD: Tensor, layout: Layout, state: Any, keys: int) ->
     return None
 
 
+def weight(module: nn.Module) -> Tensor:
+    """Its weight, past nn.Module's own look-up, which takes as long as handing a kernel eight arguments."""
+    return module._parameters["weight"]  # type: ignore[return-value]
+
+
 def few_ffn(mixer: FeedForward, norm: RMSNorm, x_BTD: Tensor) -> Tensor | None:
     """Squared ReLU between two maps."""
-    up, down = mixer.up_proj, mixer.down_proj
-    if mixer.gate_proj is not None or mixer.s_u is not None or not (plain(up, Linear) and plain(down, Linear)):
+    parts: dict[str, Any] = mixer._modules
+    up, down = parts["up_proj"], parts["down_proj"]
+    if parts.get("gate_proj") is not None or parts.get("s_u") is not None:
         return None
-    if not native.runs("native.blocks", x_BTD, up.weight, down.weight):
+    if not (plain(up, Linear) and plain(down, Linear)):
         return None
-    return native_blocks.ffn_block(x_BTD, norm.weight, norm.eps, up.weight, down.weight)
+    if not native.runs("native.blocks", x_BTD, weight(up), weight(down)):
+        return None
+    return native_blocks.ffn_block(x_BTD, weight(norm), norm.eps, weight(up), weight(down))
 
 
 def few_mamba(mixer: Mamba, norm: RMSNorm, x_BTD: Tensor, layout: Layout, memory: MambaMemory | None) -> Tensor | None:
     """One token, or a short trial, of each document that the memory names."""
-    conv1d, own, into, out = mixer.conv1d, mixer.norm, mixer.in_proj, mixer.out_proj
-    if memory is None or mixer.s_in is not None or not (plain(into, Linear) and plain(out, Linear)):
+    parts: dict[str, Any] = mixer._modules
+    own: dict[str, Any] = mixer._parameters
+    conv1d, gated, into, out = parts["conv1d"], parts["norm"], parts["in_proj"], parts["out_proj"]
+    if memory is None or parts.get("s_in") is not None or not (plain(into, Linear) and plain(out, Linear)):
         return None
-    if not plain(conv1d, CausalConv) or not plain(own, GatedRMSNorm) or own.groups != mixer.groups:
+    if not plain(conv1d, CausalConv) or not plain(gated, GatedRMSNorm) or gated.groups != mixer.groups:
         return None
     slots = memory.slots(layout)
-    if slots is None or not native.takes_mamba(
-        x_BTD,
-        slots.tail_SWC,
-        slots.ssm_SHPN,
-        (mixer.A_log, mixer.D, mixer.dt_bias),
-        [t for t in (conv1d.weight, conv1d.bias, own.weight, into.weight, out.weight) if t is not None],
-    ):
+    filters, bias = conv1d._parameters["weight"], conv1d._parameters["bias"]
+    scalars = own["A_log"], own["D"], own["dt_bias"]
+    same = [filters, gated._parameters["weight"], weight(into), weight(out)]
+    if bias is not None:
+        same.append(bias)
+    if slots is None or not native.takes_mamba(x_BTD, slots.tail_SWC, slots.ssm_SHPN, scalars, same):
         return None
     y_BTD, projected_NC, after = native_blocks.mamba_block(
         x_BTD,
-        norm.weight,
+        weight(norm),
         norm.eps,
-        into.weight,
-        out.weight,
+        weight(into),
+        weight(out),
         slots,
         mixer.groups,
-        conv1d.weight,
-        conv1d.bias,
-        (mixer.A_log, mixer.D, mixer.dt_bias),
-        own.weight,
-        own.eps,
+        filters,
+        bias,
+        scalars,
+        same[1],
+        gated.eps,
     )
     if after is not None:
         memory.tried(slots, projected_NC[:, mixer.width : mixer.width + mixer.conv_width], after)

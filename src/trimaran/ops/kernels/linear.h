@@ -9,7 +9,7 @@
 
 static const int MOST_ROWS = 64;
 static const int SIDE = 4, FEW = 8, COLUMNS = 32;
-static const int AHEAD = 8;  // rows of W between use and prefetch: memory is slower than the products
+static const int64_t AHEAD = 48 << 10;  // bytes of W between use and prefetch: memory is slower than the products
 
 // What the two number formats do differently: fp32 steps over one number of the inner axis, bf16 over a pair.
 template <class T> struct Inner;
@@ -59,7 +59,7 @@ template <class T, class Out> struct Product {
         int64_t k = 0;
         for (; k + STEP <= inner; k += STEP)
             for (int w = 0; w < W; w++) {
-                __builtin_prefetch(weight + (column + w + AHEAD) * inner + k, 0, 2);
+                __builtin_prefetch((const char *)(weight + (column + w) * inner + k) + AHEAD, 0, 2);
                 for (int r = 0; r < R; r++)
                     acc[r][w] = Inner<T>::step(acc[r][w], rows[row + r] + k, weight + (column + w) * inner + k);
             }
@@ -93,7 +93,8 @@ template <class T, class Out> struct Product {
         const T *w = weight + column * inner;
         for (int64_t k = 0; k < steps(); k++) {
             if (k % LANES == 0)
-                for (int i = 0; i < W; i++) __builtin_prefetch(w + (i + W) * inner + k * Inner<T>::NUMBERS, 0, 2);
+                for (int i = 0; i < W; i++)
+                    __builtin_prefetch((const char *)(w + i * inner + k * Inner<T>::NUMBERS) + AHEAD, 0, 2);
             for (int i = 0; i < W; i++)
                 for (int v = 0; v < V; v++)
                     acc[i][v] = Inner<T>::spread(acc[i][v], w + i * inner + k * Inner<T>::NUMBERS, turned + (k * V + v) * LANES);
