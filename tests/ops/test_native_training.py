@@ -11,6 +11,7 @@ from trimaran.model.hybrid import build
 from trimaran.model.linear import Head
 from trimaran.ops import backend, conv, native, native_training
 from trimaran.ops.activation import relu2, relu2_reference
+from trimaran.ops.attention import attention, attention_reference
 from trimaran.ops.loss import cross_entropy, loss_and_gradient
 from trimaran.ops.norm import gated_rms_norm_reference, rms_norm, rms_norm_reference
 
@@ -170,3 +171,32 @@ def test_twenty_steps_lose_what_they_lose_without_kernels():
     found, expected = losses("auto", 20), losses("-native", 20)
     assert expected[-1] < expected[0] - 0.3
     near(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 48), (4, 1, 32)])
+@pytest.mark.parametrize("seen", ["causal", "documents", "window"])
+def test_attention(dtype, length, heads, groups, width, seen):
+    """Queries that see everything before them, their own document, or a window; some see nothing at all."""
+    projected, batch = placed(2, length, (heads + 2 * groups) * width, dtype=dtype, scale=2.0), 2
+    query, key, mask = torch.arange(length)[:, None], torch.arange(length), None
+    if seen == "window":
+        mask = (key <= query) & (key > query - 7)
+    elif seen == "documents":
+        number_BT = (drawn(batch, length, dtype=torch.float32, seed=4) > 1.5).long().cumsum(1)
+        mask = (number_BT[:, :, None] == number_BT[:, None]) & (key <= query)
+        mask[:, 1:2] = False
+
+    def split(whole):
+        parts = whole.split([heads * width, groups * width, groups * width], -1)
+        return [part.unflatten(-1, (-1, width)) for part in parts]
+
+    assert native_training.takes_attention(*split(projected))
+    found = attention(*split(projected), mask, mask is None, 0.3)
+    assert "AttentionBackward" in str(found.grad_fn)
+    agree(
+        lambda whole: attention(*split(whole), mask, mask is None, 0.3),
+        lambda whole: attention_reference(*split(whole), mask, mask is None, 0.3),
+        projected, tolerance=TOLERANCE[dtype],
+    )  # fmt: skip

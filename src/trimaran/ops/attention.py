@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend
+from trimaran.ops import backend, native_training
 from trimaran.ops.numbers import at_least_fp32
 
 SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
@@ -33,6 +33,9 @@ def attention(
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BTHK, k_BSGK, v_BSGK))
     own = (causal or mask_BTS is not None) and q_BTHK.shape[1] == k_BSGK.shape[1] <= SHORT
     if wanted and own and q_BTHK.device.type == "cpu" and q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype:
+        if native_training.takes_attention(q_BTHK, k_BSGK, v_BSGK):
+            mask = None if mask_BTS is None else mask_BTS.squeeze(1) if mask_BTS.ndim == 4 else mask_BTS
+            return native_training.Attention.apply(q_BTHK, k_BSGK, v_BSGK, mask, scale)
         return CPUTraining.apply(q_BTHK, k_BSGK, v_BSGK, mask_BTS, causal, scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK))
     out = F.scaled_dot_product_attention(

@@ -24,13 +24,15 @@ SIGNATURES = {
     "gated_back": [_P] * 6 + [_I, _I] + [_P] * 5 + [_I] * 4 + [_F, _P, _I],
     "relu2_back": [_P, _P, _P, _I],
     "conv_back": [_P] * 10 + [_I] * 8 + [_P, _I],
+    "attention_training": [_P] * 5 + [_I] * 11 + [_F] + [_P] * 7 + [_I],
+    "attention_room": [_I, _I],
 }
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
     function = getattr(native.library(), f"{name}_{NAMES[dtype]}")
-    function.argtypes, function.restype = SIGNATURES[name], None
+    function.argtypes, function.restype = SIGNATURES[name], _I if name.endswith("_room") else None
     return function
 
 
@@ -188,3 +190,67 @@ def conv_backward(
         *(batch, length, channels, taps, room.data_ptr(), threads),
     )
     return dx, dweight_BWC.sum(0).t(), dbias_BC.sum(0), dtail
+
+
+def takes_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> bool:
+    """Whether `Attention` knows the case: heads side by side within a token, and of a width that fills the lanes."""
+    width = q_BTHK.shape[-1]
+    sides = all(t.stride(-1) == 1 and t.stride(-2) == width for t in (q_BTHK, k_BTGK, v_BTGK))
+    same = q_BTHK.dtype == k_BTGK.dtype == v_BTGK.dtype and k_BTGK.shape[-1] == v_BTGK.shape[-1] == width
+    return sides and same and width % LANES == 0 and runs("native.attention", q_BTHK)
+
+
+def stretches(mask_BTS: Tensor | None, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """The keys [first, end) that each query sees, [B, T] each; None: those up to its own."""
+    if mask_BTS is None:
+        end_T = torch.arange(1, length + 1, dtype=torch.int32)
+        return torch.zeros(batch, length, dtype=torch.int32), end_T.expand(batch, length).contiguous()
+    first_BT = mask_BTS.byte().argmax(-1)
+    end_BT = first_BT + mask_BTS.sum(-1)
+    return tuple(t.to(torch.int32).expand(batch, length).contiguous() for t in (first_BT, end_BT))  # type: ignore
+
+
+class Attention(torch.autograd.Function):
+    """ops.attention.attention of tokens over themselves: [B, T, H, K]; mask [(B,) T, S] (None: causal)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        batch, length, heads, _ = q.shape
+        out, lse_BHT = torch.empty(q.shape, dtype=q.dtype), torch.empty(batch, heads, length)
+        at = stretches(mask, batch, length)
+        attention_pass(q, k, v, at, scale, (out, lse_BHT), None)
+        ctx.save_for_backward(q, k, v, *at, out, lse_BHT)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, first_BT, end_BT, out, lse_BHT = ctx.saved_tensors
+        gradients = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
+        attention_pass(q, k, v, (first_BT, end_BT), ctx.scale, (out, lse_BHT), [grad.contiguous(), *gradients])
+        return *gradients, None, None
+
+
+def attention_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    at: tuple[Tensor, Tensor],
+    scale: float,
+    outcome: tuple[Tensor, Tensor],
+    back: list[Tensor] | None,
+) -> None:
+    """Forward fills the outcome, out and lse; with `back`, the gradient by out, those by q, k and v are filled."""
+    (batch, length, heads, width), groups = q.shape, k.shape[2]
+    threads = _threads(batch * groups)
+    room = torch.empty(threads * _function("attention_room", q.dtype)(length, width))
+    strides = (stride for t in (q, k, v) for stride in t.stride()[:2])
+    _function("attention_training", q.dtype)(
+        *(t.data_ptr() for t in (q, k, v, *at)),
+        *strides,
+        *(batch, length, heads, groups, width, scale),
+        *(t.data_ptr() for t in outcome),
+        *([None] * 4 if back is None else (t.data_ptr() for t in back)),
+        *(room.data_ptr(), threads),
+    )

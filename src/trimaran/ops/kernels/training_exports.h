@@ -1,5 +1,6 @@
 // The kernels of training by name, as ops/native_training.py calls them.
 #pragma once
+#include "attention_training.h"
 #include "training.h"
 
 #define TRAINING(LOSS, NORM, NORM_BACK, GATED_BACK, RELU2_BACK, CONV_BACK, T)                                          \
@@ -38,3 +39,20 @@
     }
 TRAINING(loss_bf16, train_norm_bf16, train_norm_back_bf16, gated_back_bf16, relu2_back_bf16, conv_back_bf16, bf16)
 TRAINING(loss_fp32, train_norm_fp32, train_norm_back_fp32, gated_back_fp32, relu2_back_fp32, conv_back_fp32, float)
+
+#define ATTENTION_TRAINING(NAME, ROOM, T)                                                                              \
+    EXPORT void NAME(const T *q, const T *k, const T *v, const int32_t *first, const int32_t *end, int64_t q_batch,    \
+                     int64_t q_token, int64_t k_batch, int64_t k_token, int64_t v_batch, int64_t v_token,              \
+                     int64_t batch, int64_t length, int64_t heads, int64_t groups, int64_t width, float scale, T *out, \
+                     float *lse, const T *grad, T *dq, T *dk, T *dv, float *room, int64_t threads) {                   \
+        attention_all<T>({q, k, v, first, end, q_batch, q_token, k_batch, k_token, v_batch, v_token, batch, length,    \
+                          heads, groups, width, scale, out, lse, grad, dq, dk, dv},                                    \
+                         grad != nullptr, room, threads);                                                              \
+    }                                                                                                                  \
+    EXPORT int64_t ROOM(int64_t length, int64_t width) {                                                               \
+        Attention<T> a = {};                                                                                           \
+        a.length = length, a.width = width;                                                                            \
+        return Bench<T>::numbers(a);                                                                                   \
+    }
+ATTENTION_TRAINING(attention_training_bf16, attention_room_bf16, bf16)
+ATTENTION_TRAINING(attention_training_fp32, attention_room_fp32, float)
