@@ -72,7 +72,7 @@ def few_mamba(mixer: Mamba, norm: RMSNorm, x_BTD: Tensor, layout: Layout, memory
     if not plain(conv1d, CausalConv) or not plain(gated, GatedRMSNorm) or gated.groups != mixer.groups:
         return None
     slots = memory.slots(layout)
-    filters, bias = conv1d._parameters["weight"], conv1d._parameters["bias"]
+    filters, bias = conv1d._parameters["weight"], conv1d._parameters.get("bias")
     scalars = own["A_log"], own["D"], own["dt_bias"]
     same = [filters, gated._parameters["weight"], weight(into), weight(out)]
     if bias is not None:

@@ -52,8 +52,8 @@ def backward_kernel(
     added = tl.zeros([BLOCK], tl.float32)
     for n in range(ROWS):
         row = part.to(tl.int64) * ROWS + n
-        live = here & (row < M)
-        inverse = tl.load(scale + row * G + g, mask=row < M, other=0.0)
+        live = here & (row + 0 * place < M)  # as a row: triton 3.9 makes numbers of a mask with a single truth
+        inverse = tl.load(scale + tl.minimum(row, M - 1) * G + g)  # behind the last row nothing is live
         unit = gated(x, x_m, gate, gate_m, row, channel, live) * inverse
         piece = tl.load(grad + row * grad_m + channel, mask=live, other=0.0).to(tl.float32)
         added += piece * unit
