@@ -1,14 +1,16 @@
 """Whole blocks of a few tokens: the same as their steps, never past a module that somebody changed or listens to."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from tests.models import KINDS, tiny
 from trimaran.engine.paged import Segment
 from trimaran.engine.pages import Memory
-from trimaran.model.few import few
-from trimaran.model.layout import lay_out
-from trimaran.ops import backend, native, native_blocks
+from trimaran.model.few import Join, know
+from trimaran.ops import backend, native, native_stack
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
 SIZES = {"head_dim": 16, "ssm_state_size": 16}  # that fill the kernels' lanes
@@ -43,21 +45,44 @@ def test_decoding_is_the_same(kind, dtype, rows):
     assert turned <= (0.05 if "moe" in kind or kind in ("latent", "everything") else 0) * (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("letter", "M*E-")
-def test_each_kind_of_block_goes_through_its_kernel(letter, monkeypatch):
-    model = tiny("everything", torch.float32, **SIZES, n_group=1, topk_group=1, qk_norm=False)
-    block = next(b for b in model.backbone.layers if b.letter == letter)
-    state, x = model.new_state(2), torch.randn(2, 1, 32)
+def took(model, tokens, state, monkeypatch):
+    """Which parts of a pass went to the kernel: letters, n for the norm, j for a join."""
+    words, letters = [], dict(enumerate("-M*Ejn"))
+    stack = native_stack.stack
+
+    def noted(x, beside, parts, first, last, *rest):
+        words.extend(parts[n * native_stack.WORDS] for n in range(first, last))
+        return stack(x, beside, parts, first, last, *rest)
+
+    monkeypatch.setattr(native_stack, "stack", noted)
+    out = model.hidden(tokens, state=state)
+    monkeypatch.undo()
+    return "".join(letters[word] for word in words), out
+
+
+SEEN = {"n_group": 1, "topk_group": 1, "qk_norm": False}  # what the kernel knows
+
+
+def test_a_pass_goes_through_the_kernel(monkeypatch):
+    model = tiny("everything", torch.float32, **SIZES, **SEEN)
+    one, pattern = torch.zeros(2, 1, dtype=torch.long), model.config.pattern
+    state = model.new_state(2)
     model(torch.zeros(2, 3, dtype=torch.long), state=state)
-    memory = state.layers[list(model.backbone.layers).index(block)]
-    layout = state.lay_out(1, None)
-    assert few(block, x, layout, memory, 4) is not None
+    known = "".join(letter for letter in pattern if letter in "M*E-")
+    assert set("M*E-") <= set(known)
+    assert took(model, one, state, monkeypatch)[0] == known + "n"
     with backend.using("-native.blocks"):
-        assert few(block, x, layout, memory, 4) is None
+        assert took(model, one, state, monkeypatch)[0] == ""
     with torch.enable_grad():
-        assert few(block, x, layout, memory, 4) is None
-    assert few(block, x.double(), layout, memory, 4) is None
-    assert few(block, torch.randn(2, 40, 32), lay_out(2, 40, x.device), memory, 40) is None
+        assert took(model, one, model.new_state(2), monkeypatch)[0] == ""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert took(model, one, model.new_state(2), monkeypatch)[0] == ""
+    assert took(model.double(), one, model.new_state(2), monkeypatch)[0] == ""
+
+
+def test_many_tokens_take_ordinary_steps(monkeypatch):
+    model = tiny("everything", torch.float32, **SIZES, **SEEN)
+    assert took(model, torch.zeros(2, 40, dtype=torch.long), model.new_state(2), monkeypatch)[0] == ""
 
 
 INNER = {"M": ["", "in_proj", "norm"], "*": ["k_proj"], "-": ["", "down_proj"]}
@@ -123,17 +148,124 @@ def test_trials_in_pages(dtype):
     assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+def changes():
+    """Changes of a model between two passes, each with what must be true of it."""
+
+    def moved(model):
+        up = model.backbone.layers[1].mixer.up_proj
+        up.weight.data = up.weight.data.clone() * 2
+
+    def replaced(model):
+        norm = model.backbone.layers[0].norm
+        norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 3.0))
+
+    def in_place(model):
+        model.backbone.layers[0].mixer.out_proj.weight.mul_(3)
+
+    def epsilon(model):
+        model.backbone.layers[0].norm.eps = 2.0
+
+    def forward(model):
+        down = model.backbone.layers[1].mixer.down_proj
+        down.forward = lambda x: x[..., : down.out_features] * 0.5
+
+    def shorter(model):
+        model.backbone.layers[0].mixer.out_proj.weight.zero_()
+        model.backbone.layers[1].mixer.down_proj.weight.zero_()
+
+    def klass(model):
+        from trimaran.model.linear import Linear
+
+        class Halved(Linear):
+            def forward(self, x):
+                return super().forward(x) / 2
+
+        model.backbone.layers[1].mixer.down_proj.__class__ = Halved
+
+    def parametrized(model):
+        class Doubled(torch.nn.Module):
+            def forward(self, weight):
+                return weight * 2
+
+        torch.nn.utils.parametrize.register_parametrization(model.backbone.layers[1].mixer.up_proj, "weight", Doubled())
+
+    return [moved, replaced, in_place, epsilon, forward, shorter, klass, parametrized]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+def test_a_change_between_passes_is_seen(change):
+    """What the stack keeps of a model never outlives what it was taken from."""
+    model = tiny("dense", torch.float32, **SIZES, initializer_range=0.1)
+    tokens = torch.randint(0, 97, (1, 31), generator=torch.Generator().manual_seed(5))
+    before = logits(model, tokens, "auto")
+    change(model)
+    found, expected = logits(model, tokens, "auto"), logits(model, tokens, "-native")
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_know_their_own_weights():
+    model = tiny("dense", torch.float32, **SIZES, initializer_range=0.1)
+    tokens = torch.randint(0, 97, (1, 31), generator=torch.Generator().manual_seed(5))
+    before = logits(model, tokens, "auto")
+    twin = copy.deepcopy(model)
+    assert twin.backbone.few.known is None
+    for weight in twin.parameters():
+        weight.mul_(1.5)
+    assert (logits(twin, tokens, "auto") - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, tokens, "auto"), before, rtol=0, atol=0)
+
+
+def test_two_threads_share_a_model():
+    """Nothing of a pass is kept where another could write it."""
+    model = tiny("dense", torch.float32, **SIZES, initializer_range=0.1)
+    prompts = [torch.randint(0, 97, (rows, 31), generator=torch.Generator().manual_seed(rows)) for rows in (1, 2, 3, 4)]
+    expected = [logits(model, tokens, "auto") for tokens in prompts]
+
+    def run(n):
+        with torch.no_grad():
+            state = model.new_state(len(prompts[n]))
+            steps = [model(prompts[n][:, :20], state=state)]
+            steps += [model(prompts[n][:, t : t + 1], state=state) for t in range(20, 31)]
+            return torch.cat(steps, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, [0, 1, 2, 3] * 5))
+    for n, out in enumerate(found):
+        torch.testing.assert_close(out, expected[n % 4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_the_draft_block_is_a_stack_too(dtype, rows):
+    model = tiny("latent", dtype, **SIZES, initializer_range=0.1)
+    assert model.mtp is not None
+    generator = torch.Generator().manual_seed(3)
+    hidden, following = torch.randn(rows, 6, 32, generator=generator).to(dtype), torch.randint(0, 97, (rows, 6))
+
+    def run(setting):
+        with backend.using(setting):
+            state = model.new_state(rows)
+            first = model.mtp(hidden[:, :5], following[:, :5], state=state.mtp)
+            return torch.cat([first, model.mtp(hidden[:, 5:], following[:, 5:], state=state.mtp)], 1)
+
+    expected, found = run("-native"), run("auto")
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+    known = know([Join(model.mtp.layers[0]), *model.mtp.layers], dtype)
+    assert known.known[0] is not None
+
+
 def test_scratch_is_large_enough():
     """Odd sizes under guard: NaN behind the room that a kernel was given stays NaN."""
     given = []
-    arena = native_blocks.arena
+    scratch = native_stack.scratch
 
     def guarded(numbers):
-        room = arena(numbers)
+        room = scratch(numbers)
         given.append((room, torch.cat([room, room.new_full((64,), 7)])))
         return given[-1][1]
 
-    native_blocks.arena = guarded
+    native_stack.scratch = guarded
     try:
         model = tiny("latent", torch.bfloat16, **SIZES)
         for rows in (1, 3, 9, 32):
@@ -142,5 +274,5 @@ def test_scratch_is_large_enough():
             model(tokens[:, :10], state=state)
             model(tokens[:, :1], state=state)
     finally:
-        native_blocks.arena = arena
+        native_stack.scratch = scratch
     assert given and all(bool((whole[len(room) :] == 7).all()) for room, whole in given)

@@ -16,7 +16,7 @@ from trimaran.errors import Refusal
 from trimaran.model.attention import Attention
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.feedforward import FeedForward
-from trimaran.model.few import few
+from trimaran.model.few import Few, Join
 from trimaran.model.layout import Layout, lay_out
 from trimaran.model.linear import Embedding, Head, Linear, StackedLinear, TiedHead
 from trimaran.model.mamba import Mamba
@@ -63,9 +63,6 @@ class Block(nn.Module):
         """The block's work."""
         if self.alpha is not None:
             return step_on_sphere(x_BTD, self.mix(x_BTD, layout, state, keys), self.alpha)
-        done_BTD = few(self, x_BTD, layout, state, keys)
-        if done_BTD is not None:
-            return done_BTD
         assert self.norm is not None
         return x_BTD + self.mix(self.norm(x_BTD), layout, state, keys)
 
@@ -80,11 +77,30 @@ class Block(nn.Module):
         return self.mixer(h_BTD, layout, state, keys)
 
 
-def run_blocks(blocks: nn.ModuleList, x_BTD: Tensor, layout: Layout, state: StackMemory | None) -> Tensor:
-    """All blocks of a stack in order."""
+def run_stack(
+    few: Few,
+    parts: list[nn.Module | Join],
+    x_BTD: Tensor,
+    layout: Layout,
+    state: StackMemory | None,
+    beside_BTD: Tensor | None = None,
+) -> Tensor:
+    """All parts of a stack in order: what it begins with, which may read `beside`, its blocks, its norm."""
     keys = layout.length if state is None else state.keys(layout)
-    for index, block in enumerate(blocks):
-        x_BTD = block(x_BTD, layout, None if state is None else state.layers[index], keys)
+    memories = iter(() if state is None else state.layers)
+    memory_of = [next(memories, None) if isinstance(part, Block) else None for part in parts]
+
+    def step(index: int, x_BTD: Tensor) -> Tensor:
+        part = parts[index]
+        if isinstance(part, Block):
+            return part(x_BTD, layout, memory_of[index], keys)
+        return part(x_BTD, beside_BTD) if isinstance(part, Join) else part(x_BTD)
+
+    known = few.know(parts, x_BTD, beside_BTD)
+    if known is not None:
+        return few.run(known, x_BTD, layout, memory_of, keys, beside_BTD, step)
+    for index in range(len(parts)):
+        x_BTD = step(index, x_BTD)
     return x_BTD
 
 
@@ -94,6 +110,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.version = 0
+        self.few = Few()
         self.over: Over | None = None  # set where rows lie over several processes
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
@@ -112,6 +129,7 @@ class MTP(nn.Module):
         super().__init__()
         # In a tuple, so that the trunk is not registered a second time under this module's name.
         self.trunk = (trunk,)
+        self.few = Few()
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.mtp_pattern)
         width, eps = config.hidden_size, config.layer_norm_epsilon
         first, last = self.ends()
@@ -133,11 +151,11 @@ class MTP(nn.Module):
         next_BT = checked(layout, next_BT, embeddings.vocab_size)
         if layout.order_BT is not None:
             hidden_BTD = hidden_BTD.gather(1, layout.order_BT[..., None].expand_as(hidden_BTD))
-        joined = torch.cat([first.enorm(embeddings(next_BT)), first.hnorm(hidden_BTD)], -1)
-        x_BTD = run_blocks(self.layers, first.eh_proj(joined), layout, state)
+        parts = [Join(first), *self.layers, last.final_layernorm]
+        x_BTD = run_stack(self.few, parts, embeddings(next_BT), layout, state, hidden_BTD)
         if state is not None:
             state.advance(layout, doc_ids)
-        return layout.restore(last.final_layernorm(x_BTD))
+        return layout.restore(x_BTD)
 
 
 class HybridModel(nn.Module):
@@ -195,10 +213,11 @@ class HybridModel(nn.Module):
         layout = begin(tokens_BT, doc_ids, state, self.version)
         tokens_BT = checked(layout, tokens_BT, self.config.vocab_size)
         x_BTD = self.backbone.embeddings(tokens_BT) if stream_BTD is None else stream_BTD
-        x_BTD = run_blocks(self.backbone.layers, x_BTD, layout, state)
+        parts = [*self.backbone.layers, *([self.backbone.norm_f] if self.ends else [])]
+        x_BTD = run_stack(self.backbone.few, parts, x_BTD, layout, state)
         if state is not None:
             state.advance(layout, doc_ids)
-        return layout.restore(self.backbone.norm_f(x_BTD)) if self.ends else x_BTD
+        return layout.restore(x_BTD) if self.ends else x_BTD
 
     def recompute(self, letters: str) -> list[str]:
         """Lets training passes run the blocks of these letters twice instead of keeping their activations.

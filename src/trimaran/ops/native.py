@@ -45,15 +45,7 @@ SIGNATURES = {
     "scan_room": [_I] * 4,
     "gated_norm": [_P, _P, _I, _P, _P, _I, _P, _P] + [_I] * 4 + [_F, _P, _I],
     "relu2": [_P, _P, _I],
-    "ffn_block": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _P, _P],
-    "mamba_block": [_P] * 3
-    + [_I, _I, _F, _P, _P]
-    + [_I] * 5
-    + [_P] * 6
-    + [_F, _P, _P, _I, _P, _I, _P, _P, _I, _I]
-    + [_P, _I, _P],
-    "attention_block": [_P] * 3 + [_I, _I, _F] + [_P] * 10 + [_I] * 8 + [_F, _I, _P, _P],
-    "moe_block": [_P] * 3 + [_I, _I, _F] + [_P] * 8 + [_I] * 5 + [_C, _F, _P, _P],
+    "stack": [_P, _P, _I],
 }
 
 
@@ -128,12 +120,6 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
         x.data_ptr(), weight_OI.data_ptr(), y.data_ptr(), rows, inner, outputs, turned.data_ptr(), False
     )
     return y
-
-
-def takes_block(x_BTD: Tensor, norm_D: Tensor) -> bool:
-    """Whether a block of ops.native_blocks may run on x: few rows, no autocast."""
-    few = 0 < x_BTD.numel() <= ROWS * x_BTD.shape[-1]
-    return few and runs("native.blocks", x_BTD, norm_D) and not torch.is_autocast_enabled("cpu")
 
 
 def takes_norm(x: Tensor, weight_D: Tensor) -> bool:
@@ -240,7 +226,7 @@ class Reach:
     at: Table
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one for each layer of each token, and frozen ones take four times as long
 class Slots:
     """Where the documents of a pass have their tails and states; slots_S: which row is whose (None: 0, 1, 2 ...).
 

@@ -1,4 +1,4 @@
-// Whole residual blocks for a few tokens, y = x + mixer(norm(x)), each one call: norm, maps and what lies between them.
+// Whole residual blocks for a few tokens, y = x + mixer(norm(x)): norm, maps and what lies between them. y may be x.
 // Roundings stand where the steps' tensors would have been rounded.
 #pragma once
 #include "attention.h"
@@ -37,12 +37,33 @@ template <class T> struct Stream {
     }
 };
 
+// One map of x: y = x weight^T, and relu(y)^2 where it is squared.
+template <class T> struct Map {
+    const T *weight;
+    T *y;
+    int64_t outputs;
+    bool squared;
+};
+
+// Up to three maps of the same rows, begun together.
+template <class T, int N>
+static void maps(const T *x, const Map<T> (&some)[N], int64_t rows, int64_t inner, uint32_t *turned) {
+    const T *from[MOST_ROWS];
+    T *to[N][MOST_ROWS];
+    Product<T, T> products[N];
+    int64_t outputs[N];
+    for (int64_t r = 0; r < rows; r++) from[r] = x + r * inner;
+    for (int n = 0; n < N; n++) {
+        for (int64_t r = 0; r < rows; r++) to[n][r] = some[n].y + r * some[n].outputs;
+        products[n] = {from, some[n].weight, to[n], rows, inner, some[n].squared};
+        outputs[n] = some[n].outputs;
+    }
+    linears(products, outputs, N, turned);
+}
+
 template <class T>
 static void map(const T *x, const T *weight, T *y, int64_t rows, int64_t inner, int64_t outputs, uint32_t *turned, bool squared = false) {
-    const T *from[MOST_ROWS];
-    T *to[MOST_ROWS];
-    for (int64_t r = 0; r < rows; r++) from[r] = x + r * inner, to[r] = y + r * outputs;
-    linear<T, T>({from, weight, to, rows, inner, squared}, outputs, turned);
+    maps(x, {{weight, y, outputs, squared}}, rows, inner, turned);
 }
 
 template <class T> static void ffn_block(const Stream<T> &s, const T *up, const T *down, int64_t ffn, uint32_t *turned, Arena arena) {
@@ -52,12 +73,13 @@ template <class T> static void ffn_block(const Stream<T> &s, const T *up, const 
     s.add(out);
 }
 
-// `steps.projected` and `steps.out` are filled here: [rows, projected] is the caller's, who may want the inputs.
+// `steps.projected` and `steps.out` are filled here. projected: [rows, projected] of a caller who wants the inputs, or null.
 template <class T>
 static void mamba_block(const Stream<T> &s, const T *in, const T *out, const Mamba<T> &m, Steps<T> steps, T *projected,
                         uint32_t *turned, int64_t threads, Arena arena) {
     T *normed = s.normed(arena), *mixed = arena.take<T>(s.rows * m.inner()), *back = arena.take<T>(s.rows * s.width);
     float *scratch = arena.take<float>(threads * 2 * (m.inner() / m.groups + m.size));
+    if (!projected) projected = arena.take<T>(s.rows * m.projected());
     map(normed, in, projected, s.rows, s.width, m.projected(), turned);
     steps.projected = projected;
     steps.out = mixed;
@@ -74,9 +96,7 @@ static void attention_block(const Stream<T> &s, const T *wq, const T *wk, const 
     T *normed = s.normed(arena), *q = arena.take<T>(s.rows * wide), *k = arena.take<T>(s.rows * narrow);
     T *v = arena.take<T>(s.rows * narrow), *seen = arena.take<T>(s.rows * wide), *back = arena.take<T>(s.rows * s.width);
     float *scratch = arena.take<float>(a.sequences * a.groups * a.pieces * 64 * (2 + a.width));
-    map(normed, wq, q, s.rows, s.width, wide, turned);
-    map(normed, wk, k, s.rows, s.width, narrow, turned);
-    map(normed, wv, v, s.rows, s.width, narrow, turned);
+    maps(normed, {{wq, q, wide, false}, {wk, k, narrow, false}, {wv, v, narrow, false}}, s.rows, s.width, turned);
     for (int64_t r = 0; r < s.rows; r++) {
         memcpy((T *)a.keys + places[r] * narrow, k + r * narrow, narrow * sizeof(T));
         memcpy((T *)a.values + places[r] * narrow, v + r * narrow, narrow * sizeof(T));
@@ -105,10 +125,12 @@ template <class T> static void moe_block(const Stream<T> &s, const MoE<T> &m, ui
     float *fed = arena.take<float>(s.rows * m.k * m.latent), *sum = arena.take<float>(s.rows * m.latent);
     int64_t *ids = arena.take<int64_t>(s.rows * m.k);
     route(normed, m.router, m.bias, s.rows, s.width, m.count, m.k, m.normalise, m.factor, scores, ids, weights);
-    if (m.into) {
-        latent = arena.take<T>(s.rows * m.latent);
-        map(normed, m.into, latent, s.rows, s.width, m.latent, turned);
-    }
+    T *between = m.shared_up ? arena.take<T>(s.rows * m.shared) : nullptr;
+    if (m.into) latent = arena.take<T>(s.rows * m.latent);
+    Map<T> into = {m.into, latent, m.latent, false}, shared = {m.shared_up, between, m.shared, true};
+    if (m.into && m.shared_up) maps(normed, {into, shared}, s.rows, s.width, turned);
+    else if (m.into) maps(normed, {into}, s.rows, s.width, turned);
+    else if (m.shared_up) maps(normed, {shared}, s.rows, s.width, turned);
     experts(latent, ids, weights, m.up, m.down, sum, s.rows, m.k, m.count, m.latent, m.ffn, hidden, fed);
     for (int64_t i = 0; i < s.rows * m.latent; i++) put(routed + i, sum[i]);
     if (m.from) {
@@ -116,8 +138,7 @@ template <class T> static void moe_block(const Stream<T> &s, const MoE<T> &m, ui
         map(routed, m.from, back, s.rows, m.latent, s.width, turned);
     }
     if (m.shared_up) {
-        T *between = arena.take<T>(s.rows * m.shared), *own = arena.take<T>(s.rows * s.width);
-        map(normed, m.shared_up, between, s.rows, s.width, m.shared, turned, true);
+        T *own = arena.take<T>(s.rows * s.width);
         map(between, m.shared_down, own, s.rows, m.shared, s.width, turned);
         for (int64_t i = 0; i < s.rows * s.width; i++) put(back + i, widen(back[i]) + widen(own[i]));
     }

@@ -1,9 +1,9 @@
 // The kernels by name, as ops/native.py calls them. Plain C functions: no Python, no torch, no C++ library.
-#include "blocks.h"
 #include "conv.h"
 #include "experts.h"
 #include "mamba.h"
 #include "scan.h"
+#include "stack.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -87,42 +87,8 @@ EXPERTS(route_fp32, experts_fp32, float)
 PREFILL(conv_silu_bf16, scan_bf16, scan_room_bf16, gated_norm_bf16, relu2_bf16, bf16)
 PREFILL(conv_silu_fp32, scan_fp32, scan_room_fp32, gated_norm_fp32, relu2_fp32, float)
 
-#define BLOCKS(FFN, MAMBA, ATTENTION, MOE, T)                                                                          \
-    EXPORT void FFN(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *up,              \
-                    const T *down, int64_t ffn, uint32_t *turned, char *arena) {                                       \
-        ffn_block<T>({x, norm, y, rows, width, eps}, up, down, ffn, turned, {arena});                                  \
-    }                                                                                                                  \
-    EXPORT void MAMBA(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *in,            \
-                      const T *out, int64_t heads, int64_t head, int64_t groups, int64_t size, int64_t taps,           \
-                      const T *conv_weight, const T *conv_bias, const float *A_log, const float *D,                    \
-                      const float *dt_bias, const T *norm_weight, float norm_eps, T *projected, T *tail,               \
-                      int64_t tail_stride, float *state, int64_t state_stride, const int64_t *slots, float *after,     \
-                      int64_t documents, int64_t tokens, uint32_t *turned, int64_t threads, char *arena) {             \
-        mamba_block<T>({x, norm, y, rows, width, eps}, in, out,                                                        \
-                       {heads, head, groups, size, taps, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight,       \
-                        norm_eps},                                                                                     \
-                       {nullptr, nullptr, tail, state, tail_stride, state_stride, slots, after, documents, tokens},    \
-                       projected, turned, threads, {arena});                                                           \
-    }                                                                                                                  \
-    EXPORT void ATTENTION(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *q,         \
-                          const T *k, const T *v, const T *o, const int64_t *places, const T *keys, const T *values,   \
-                          const int64_t *starts, const int64_t *queries, const int64_t *before, int64_t sequences,     \
-                          int64_t deepest, int64_t page, int64_t shift, int64_t heads, int64_t groups, int64_t head,   \
-                          int64_t window, float scale, int64_t pieces, uint32_t *turned, char *arena) {                \
-        attention_block<T>({x, norm, y, rows, width, eps}, q, k, v, o, places,                                         \
-                           {nullptr, keys, values, nullptr, starts, queries, before, sequences, deepest, page, shift,  \
-                            heads, groups, head, window, scale, pieces},                                               \
-                           turned, {arena});                                                                           \
-    }                                                                                                                  \
-    EXPORT void MOE(const T *x, const T *norm, T *y, int64_t rows, int64_t width, float eps, const T *router,          \
-                    const float *bias, const T *into, const T *from, const T *up, const T *down, const T *shared_up,   \
-                    const T *shared_down, int64_t count, int64_t k, int64_t latent, int64_t ffn, int64_t shared,       \
-                    int normalise, float factor, uint32_t *turned, char *arena) {                                      \
-        moe_block<T>({x, norm, y, rows, width, eps},                                                                   \
-                     {router, bias, into, from, up, down, shared_up, shared_down, count, k, latent, ffn, shared,       \
-                      normalise, factor},                                                                              \
-                     turned, {arena});                                                                                 \
-    }
-BLOCKS(ffn_block_bf16, mamba_block_bf16, attention_block_bf16, moe_block_bf16, bf16)
-BLOCKS(ffn_block_fp32, mamba_block_fp32, attention_block_fp32, moe_block_fp32, float)
+#define STACK(NAME, T)                                                                                                 \
+    EXPORT void NAME(const int64_t *pass, const int64_t *parts, int64_t count) { stack<T>({pass}, parts, count); }
+STACK(stack_bf16, bf16)
+STACK(stack_fp32, float)
 #include "training_exports.h"

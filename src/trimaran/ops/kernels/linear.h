@@ -147,19 +147,26 @@ template <class T, class Out> struct Product {
     int64_t steps() const { return inner / Inner<T>::NUMBERS; }
 };
 
-// All of it, by all threads. `turned`: 4 bytes for each of the rows, rounded up to 32, and each step of the inner axis.
-template <class T, class Out> static void linear(const Product<T, Out> &p, int64_t outputs, uint32_t *turned) {
+// All of `count` products of the same rows, by all threads. `turned`: 4 bytes for each of the rows, rounded up to 32, and
+// each step of the inner axis.
+template <class T, class Out>
+static void linears(const Product<T, Out> *p, const int64_t *outputs, int count, uint32_t *turned) {
     const int BLOCK = 32;
-    int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
-#pragma omp parallel if (outputs * p.inner > 1 << 15)
+    int64_t blocks = 0, wide = 0;
+    for (int i = 0; i < count; i++) blocks += (outputs[i] + BLOCK - 1) / BLOCK, wide += outputs[i];
+#pragma omp parallel if (wide * p->inner > 1 << 15)
     {
-        if (p.by_lanes()) {
+        if (p->by_lanes()) {
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < p.steps(); k += BLOCK)
-                p.turns(k, k + BLOCK < p.steps() ? k + BLOCK : p.steps(), turned);
+            for (int64_t k = 0; k < p->steps(); k += BLOCK)
+                p->turns(k, k + BLOCK < p->steps() ? k + BLOCK : p->steps(), turned);
         }
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; b++)
-            p.columns(b * BLOCK, (b + 1) * BLOCK < outputs ? (b + 1) * BLOCK : outputs, turned);
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t from = b * BLOCK;
+            int i = 0;
+            for (; from >= (outputs[i] + BLOCK - 1) / BLOCK * BLOCK; i++) from -= (outputs[i] + BLOCK - 1) / BLOCK * BLOCK;
+            p[i].columns(from, from + BLOCK < outputs[i] ? from + BLOCK : outputs[i], turned);
+        }
     }
 }
