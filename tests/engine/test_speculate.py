@@ -8,12 +8,13 @@ import torch
 
 from tests.models import tiny
 from trimaran.engine import plain
-from trimaran.engine.choose import choose
+from trimaran.engine.choose import Ask, choose
 from trimaran.engine.paged import Segment
 from trimaran.engine.pages import Memory
 from trimaran.engine.row import open_rows
 from trimaran.engine.sampler import Sampling, probabilities
 from trimaran.engine.speculate import MTP, Draft, DraftLength, LookUp, Need, Reading, SmallModel
+from trimaran.ops import backend, native, native_stack
 
 VOCAB = 5  # so that random drafts are right now and then
 PROMPTS = [[3, 4, 1, 4, 3, 4], [1], [0, 4, 4, 0, 1, 3, 0, 4, 4] * 3, [4, 3]]
@@ -238,6 +239,82 @@ def test_the_draft_block_remembers_what_the_trunk_said():
             again = row.ask(seen)
             again = type(again)(again.settings, again.key, again.place + ahead, seen)
             assert choose(model.head(hidden)[0], [again])[0].tokens == [token]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_drafts_in_one_call_are_the_steps_drafts(rows, depth, dtype, monkeypatch):
+    """Several rows, with as many pairs to read as it happens: the drafts, what the block remembers, and its output."""
+    sizes = {"head_dim": 16, "ssm_state_size": 16, "vocab_size": 50, "initializer_range": 0.15}
+    model, calls = tiny("latent", dtype, **sizes), []
+    at_once = native_stack.drafts
+    monkeypatch.setattr(native_stack, "drafts", lambda *given: calls.append(given) or at_once(*given))
+    generator = torch.Generator().manual_seed(rows)
+
+    def run(setting):
+        memory = Memory(model, rows=rows, pages=16 * rows, page=4)
+        drafter, said = MTP(model, memory, spelled=47), []
+        texts = [[row + 1] * 3 for row in range(rows)]
+        sequences = [memory.open() for _ in texts]
+        generator.manual_seed(rows)
+        for turn in range(3):
+            due = [1 + (row + turn) % 3 for row in range(rows)] if turn else [2] * rows
+            for row, (sequence, text, count) in enumerate(zip(sequences, texts, due, strict=True)):
+                hidden = torch.randn(count, 32, generator=generator).to(dtype)
+                text += [1] * count if turn else []
+                assert memory.reserve(sequence, len(text) + depth + 2)
+                drafter.observe([Reading(row, sequence, hidden, text[-count:])])
+            ask = [Ask(Sampling(temperature=0.0), b"", 0)] * rows
+            needs = [Need(row, sequences[row], texts[row], ask[row], depth) for row in range(rows)]
+            with backend.using(setting):
+                said.append([draft.tokens for draft in drafter.propose(needs)])
+            assert [sequence.mtp_length for sequence in sequences] == [len(text) - 1 for text in texts]
+        return said, torch.stack([drafter.after[row] for row in range(rows)])
+
+    expected, expected_after = run("-native")
+    assert not calls
+    found, found_after = run("auto")
+    assert len(calls) == (3 if native.library() is not None else 0)
+    apart = sum(a != b for one, two in zip(found, expected) for a, b in zip(one, two))
+    assert apart <= (0 if dtype == torch.float32 else 0.2 * 3 * rows)  # bf16: ties of the logits as rounded
+    worst = 1e-4 if dtype == torch.float32 else 3e-2
+    assert (found_after - expected_after).abs().max() <= worst * expected_after.abs().max()
+    assert all(token < 47 for drafts in found for draft in drafts for token in draft)
+
+
+@pytest.mark.parametrize("why", ["sampled", "guide of laws", "unlike", "hook on the head", "hook on the embedding"])
+def test_other_drafts_take_their_steps(why, monkeypatch):
+    model = tiny("latent", torch.float32, head_dim=16, ssm_state_size=16)
+    memory = Memory(model, rows=2, pages=32, page=4)
+    drafter = MTP(model, memory, laws=why == "guide of laws")
+    monkeypatch.setattr(native_stack, "drafts", lambda *_: pytest.fail("in one call"))
+    heard = []
+    if why == "hook on the head":
+        model.lm_head.register_forward_hook(lambda *_: heard.append(1))
+    if why == "hook on the embedding":
+        model.backbone.embeddings.register_forward_pre_hook(lambda *_: heard.append(1))
+    needs = []
+    for row in range(2):
+        sequence = memory.open()
+        memory.reserve(sequence, 9)
+        drafter.observe([Reading(row, sequence, torch.randn(2, 32), [1, 2])])
+        ask = Ask(Sampling(temperature=0.7 if why == "sampled" else 0.0), b"", 0)
+        needs.append(Need(row, sequence, [1, 1, 2], ask, 2 + (row if why == "unlike" else 0)))
+    assert [len(draft.tokens) for draft in drafter.propose(needs)] == [need.count for need in needs]
+    assert bool(heard) == ("hook" in why)
+
+
+def test_a_draft_in_one_call_ends_where_the_row_would():
+    model = tiny("latent", torch.float32, head_dim=16, ssm_state_size=16)
+    memory = Memory(model, rows=1, pages=32, page=4)
+    for ends, most in ((frozenset(), 4), (frozenset(range(97)), 1)):
+        drafter, sequence = MTP(model, memory), memory.open()
+        memory.reserve(sequence, 9)
+        drafter.observe([Reading(0, sequence, torch.randn(2, 32), [1, 2])])
+        (draft,) = drafter.propose([Need(0, sequence, [1, 1, 2], Ask(Sampling(temperature=0.0), b"", 0), 4, ends)])
+        assert len(draft.tokens) == most
+        memory.close(sequence)
 
 
 @torch.no_grad()

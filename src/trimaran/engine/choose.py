@@ -120,13 +120,17 @@ def choose(
     return with_logprobs(places, choices)
 
 
+def likeliest_alone(ask: Ask) -> bool:
+    """Whether the row wants its likeliest token and nothing besides."""
+    one = ask.settings
+    return not (one.temperature or one.repetition_penalty != 1 or one.logprobs or ask.top or ask.guide is not None)
+
+
 def plain_greedy(logits_NV: Tensor, asks: Sequence[Ask], spelled: int | None) -> list[int] | None:
     """The likeliest id of every place, in one call, where no row asks for more than that; None where one does, or where
     the model gave no numbers."""
-    for ask in asks:
-        one = ask.settings
-        if one.temperature or one.repetition_penalty != 1 or one.logprobs or ask.top or ask.guide is not None:
-            return None
+    if not all(map(likeliest_alone, asks)):
+        return None
     best = logits_NV[:, :spelled].max(-1)
     return best.indices.tolist() if all(map(math.isfinite, best.values.tolist())) else None
 

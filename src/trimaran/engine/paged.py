@@ -71,14 +71,6 @@ class PagedState:
         config, page, device = memory.config, memory.page, memory.device
         key_bytes = 2 * config.num_key_value_heads * config.head_dim * memory.dtype.itemsize
         self.rules = Rules(page, self.shift, key_bytes, device, memory.ragged, memory.sharing)
-        self.written: slice | Tensor | None = None
-        if memory.unit.kv_token:
-            written = [
-                span.pages[place // page] * page + place % page
-                for span in self.spans
-                for place in range(span.before + self.shift, span.before + self.shift + span.count)
-            ]
-            self.written = run_of(written, device)
         self._plans: dict[int | None, Plan] = {}
         self.groups = group(self)
         self.stepped = sum(g.count * len(g.order) for g in self.groups if g.trial and g.count <= STEPS)  # tokens
@@ -159,6 +151,17 @@ class PagedState:
                 self._move(segment.sequence, before + kept)
 
     @cached_property
+    def written(self) -> slice | Tensor:
+        """Where the pass's keys and values go."""
+        page, shift = self.rules.page, self.shift
+        places = [
+            span.pages[place // page] * page + place % page
+            for span in self.spans
+            for place in range(span.before + shift, span.before + shift + span.count)
+        ]
+        return run_of(places, self.memory.device)
+
+    @cached_property
     def apart(self) -> native.Table | None:
         """Where each sequence's keys lie, for passes of few tokens that share no keys worth reading once."""
         few = max(span.count for span in self.spans) <= STEPS
@@ -210,7 +213,6 @@ class PagedAttention:
         scale: float,
     ) -> Tensor:
         """Writes the pass's keys and values to their places, and reads along the plan."""
-        assert self.view.written is not None
         self.k_SGK[self.view.written] = k_BTGK[0]
         self.v_SGK[self.view.written] = v_BTGK[0]
         at = self.view.apart
@@ -314,11 +316,9 @@ class PagedMamba:
             slots = group.slots
         return native.Slots(tail, ssm, len(group.order), group.count, slots, group.trial)
 
-    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
-        """The window behind each tail and the states, until `keep` says what stays."""
-        tail = slots.tail_SWC if slots.slots_S is None else slots.tail_SWC[slots.slots_S]
-        inputs_SKC = inputs_NC.unflatten(0, (slots.documents, slots.tokens))
-        self.trials[0] = Written(conv.join_tail(inputs_SKC, tail.shape[1] + 1, tail), after_KSHPN)
+    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
+        """Kept until `keep` says what stays."""
+        self.trials[0] = Written(window_SXC, after_KSHPN)
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
         """Passes of single tokens and of short trials: each group in one call, its slots wherever they are."""

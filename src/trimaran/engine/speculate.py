@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trimaran.engine import pages
-from trimaran.engine.choose import Ask, Places, plain_greedy
+from trimaran.engine.choose import Ask, Places, likeliest_alone, plain_greedy
 from trimaran.engine.paged import Segment
 from trimaran.engine.pages import Memory
 from trimaran.model.hybrid import HybridModel
@@ -130,6 +130,13 @@ class Pencil:
             self.laws.append(law)
         if len(self.tokens) < self.need.count:
             self.ask = self.ask.after(token)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """A whole draft of likeliest tokens, which ends where the row would."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self.need.ends:
+                break
 
     def draft(self) -> Draft:
         return Draft(self.tokens, torch.stack(self.laws) if self.laws else None)
@@ -251,8 +258,10 @@ class MTP:
 
     @torch.inference_mode()
     def propose(self, needs: Sequence[Need]) -> list[Draft]:
-        self.read([self.waiting.pop(need.row) for need in needs if need.row in self.waiting])
         pencils = [Pencil(need) for need in needs]
+        if self.drafted_at_once(pencils):
+            return [pencil.draft() for pencil in pencils]
+        self.read([self.waiting.pop(need.row) for need in needs if need.row in self.waiting])
         live = [pencil for pencil in pencils if pencil.open]
         if not live:
             return [pencil.draft() for pencil in pencils]
@@ -269,6 +278,30 @@ class MTP:
                 hidden_SD = hidden_SD if len(going_on) == len(hidden_SD) else picked(going_on, hidden_SD)
                 hidden_SD = self.mtp(hidden_SD[None], newest_1S, state=view)[0]
         return [pencil.draft() for pencil in pencils]
+
+    def drafted_at_once(self, pencils: Sequence[Pencil]) -> bool:
+        """Whether pairs could be read and all drafts written in one call: of rows that want as many drafts, and their
+        likeliest tokens."""
+        rows, depth = [pencil.need.row for pencil in pencils], pencils[0].need.count
+        alike = all(p.open and p.need.count == depth and likeliest_alone(p.ask) for p in pencils)
+        if self.laws or not alike or not all(row in self.waiting for row in rows):
+            return False
+        due = [self.waiting[row] for row in rows]
+        counts = [len(pairs.following) for pairs in due]
+        segments = [Segment(pairs.sequence, count + depth - 1) for pairs, count in zip(due, counts, strict=True)]
+        view = self.memory.view(segments, "mtp")
+        hidden_ND = joined([piece for pairs in due for piece in pairs.hidden])
+        following = [token for pairs in due for token in pairs.following]
+        drafted = self.model.drafts(hidden_ND, following, len(rows), depth, self.spelled, view)
+        if drafted is None:
+            return False
+        for pencil, count, newest_D, tokens in zip(pencils, counts, *drafted, strict=True):
+            need = pencil.need
+            need.sequence.mtp_length += count
+            self.after[need.row] = newest_D
+            del self.waiting[need.row]
+            pencil.take(tokens)
+        return True
 
     def drop(self, row: Hashable) -> None:
         self.after.pop(row, None)

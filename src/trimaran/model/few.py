@@ -243,7 +243,7 @@ class Pass:
     slots: native.Slots | None = None
     at: native.Table | None = None
     partial: int = 0
-    trials: list[tuple[Any, native.Slots, Tensor, Tensor]] = field(default_factory=list)
+    trials: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
 
     def takes(self, index: int, part: Part, mixer: Any, memory: Any) -> bool:
         """Whether the kernel can do the part in this pass; its words are whole then."""
@@ -272,14 +272,13 @@ class Pass:
             return None
         if self.slots is not None and not alike(self.slots, slots):
             return None
-        self.slots, after, projected = slots, None, None
+        self.slots, after, window = slots, None, None
         if slots.trial:
-            after = slots.ssm_SHPN.new_empty(slots.tokens, slots.documents, *slots.ssm_SHPN.shape[1:])
-            count = mixer.width + mixer.conv_width + mixer.heads
-            projected = self.x_BTD.new_empty(slots.documents * slots.tokens, count)
-            inputs_NC = projected[:, mixer.width : mixer.width + mixer.conv_width]
-            self.trials.append((memory, slots, inputs_NC, after))
-        return native_stack.mamba_memory(slots, after, projected)
+            count, tokens = slots.documents, slots.tokens
+            after = slots.ssm_SHPN.new_empty(tokens, count, *slots.ssm_SHPN.shape[1:])
+            window = self.x_BTD.new_empty(count, slots.tail_SWC.shape[1] + tokens, mixer.conv_width)
+            self.trials.append((memory, window, after))
+        return native_stack.mamba_memory(slots, after, window)
 
     def attention(self, part: Part, mixer: Attention, memory: Any) -> list[int] | None:
         """The words of its memory, where few queries read rows of their own."""
@@ -290,7 +289,7 @@ class Pass:
             return None
         self.at = reach.at
         words = native_stack.attention_memory(reach, mixer.groups, mixer.window)
-        self.partial = max(self.partial, part.partial * reach.at.starts_SZ.shape[0] * words[-1])
+        self.partial = max(self.partial, part.partial * reach.at.sequences * words[-1])
         return words
 
 
@@ -342,16 +341,14 @@ class Few:
             part is not None and own.takes(index, part, known.mixers[index], memories[index])
             for index, part in enumerate(known.known)
         ]
-        numbers, index = rows * known.room + own.partial, 0
+        scratch, index = native_stack.Scratch(rows * known.room + own.partial, known.inner), 0
         while index < len(takes):
             if not takes[index]:
                 x_BTD, index = step(index, x_BTD), index + 1
                 continue
             first, index = index, takes.index(False, index) if False in takes[index:] else len(takes)
-            scratch = numbers, known.inner
-            x_BTD = native_stack.stack(
-                x_BTD.contiguous(), beside_BTD, own.words, first, index, *scratch, own.slots, own.at
-            )
-        for memory, slots, inputs_NC, after_KSHPN in own.trials:
-            memory.tried(slots, inputs_NC, after_KSHPN)
+            x_BTD = x_BTD.contiguous()
+            x_BTD = native_stack.stack(x_BTD, beside_BTD, own.words, first, index, scratch, own.slots, own.at)
+        for memory, window_SXC, after_KSHPN in own.trials:
+            memory.tried(window_SXC, after_KSHPN)
         return x_BTD

@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from trimaran.errors import Refusal
 from trimaran.model.attention import Attention
 from trimaran.model.config import ATTENTION, ModelConfig
+from trimaran.model.drafts import Ends, greedy_drafts
 from trimaran.model.feedforward import FeedForward
 from trimaran.model.few import Few, Join
 from trimaran.model.layout import Layout, lay_out
@@ -137,6 +139,11 @@ class MTP(nn.Module):
         first.eh_proj = Linear(2 * width, width)
         last.final_layernorm = RMSNorm(width, eps)
 
+    def parts(self) -> list[Any]:
+        """What the block does, in order."""
+        blocks: list[Any] = list(self.layers)
+        return [Join(blocks[0]), *blocks, blocks[-1].final_layernorm]
+
     def ends(self) -> tuple[Any, Any]:
         """The first and the last layer, under which the hub files the block's own norms and its input map."""
         return self.layers[0], self.layers[-1]
@@ -145,14 +152,13 @@ class MTP(nn.Module):
         self, hidden_BTD: Tensor, next_BT: Tensor, doc_ids: Tensor | None = None, state: StackMemory | None = None
     ) -> Tensor:
         """hidden_BTD: after the trunk's final norm, or an earlier depth's output; next_BT: the token one further."""
-        (first, last), embeddings = self.ends(), self.trunk[0].embeddings
+        embeddings = self.trunk[0].embeddings
         state = remembered(self.trunk[0], self.layers, next_BT, state)
         layout = begin(next_BT, doc_ids, state, self.trunk[0].version)
         next_BT = checked(layout, next_BT, embeddings.vocab_size)
         if layout.order_BT is not None:
             hidden_BTD = hidden_BTD.gather(1, layout.order_BT[..., None].expand_as(hidden_BTD))
-        parts = [Join(first), *self.layers, last.final_layernorm]
-        x_BTD = run_stack(self.few, parts, embeddings(next_BT), layout, state, hidden_BTD)
+        x_BTD = run_stack(self.few, self.parts(), embeddings(next_BT), layout, state, hidden_BTD)
         if state is not None:
             state.advance(layout, doc_ids)
         return layout.restore(x_BTD)
@@ -168,6 +174,7 @@ class HybridModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, scaled=config.residual == "ngpt")
         self.mtp = MTP(config, self.backbone) if config.mtp_pattern else None
+        self.seen_ends = Ends()
         self.ends = True  # a stage of a pipeline that is not the last has no final norm, head or draft block
 
     @property
@@ -218,6 +225,17 @@ class HybridModel(nn.Module):
         if state is not None:
             state.advance(layout, doc_ids)
         return layout.restore(x_BTD) if self.ends else x_BTD
+
+    def drafts(
+        self, hidden_ND: Tensor, following: Sequence[int], rows: int, depth: int, ids: int | None, state: StackMemory
+    ) -> tuple[Tensor, list[list[int]]] | None:
+        """The draft block reads pairs and goes on alone, in one call: its output at each row's newest pair [S, D], and
+        the `depth` likeliest tokens behind each. None, and nothing has happened, where no kernel knows the case.
+
+        hidden, following: the pairs, those of one row after those of the other. ids: tokens from there on are never
+        drafted. state: the block's memory for the pairs and depth - 1 tokens more of each row; it is not advanced.
+        """
+        return greedy_drafts(self, hidden_ND, following, rows, depth, ids, state)
 
     def recompute(self, letters: str) -> list[str]:
         """Lets training passes run the blocks of these letters twice instead of keeping their activations.

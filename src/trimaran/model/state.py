@@ -81,8 +81,9 @@ class MambaMemory(Protocol):
         """Where the pass's documents have their memory, one like the other and in order; None: not so."""
         ...
 
-    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
-        """Notes what a trial's tokens gave the convolution, and the state after each."""
+    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
+        """Notes each document's tail with what a trial's tokens gave the convolution behind it, and the state after
+        each token."""
         ...
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
@@ -253,7 +254,7 @@ class MambaState:
             return None
         return native.Slots(self.tail, self.ssm, len(self.tail), 1)
 
-    def tried(self, slots: native.Slots, inputs_NC: Tensor, after_KSHPN: Tensor) -> None:
+    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
         """Never: `slots` knows no trial."""
         raise AssertionError("a trial of a State goes through its ring")
 

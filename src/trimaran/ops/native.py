@@ -12,8 +12,11 @@ are bf16 or fp32, and contiguous where not said otherwise.
 import ctypes
 import functools
 import platform
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import add
 from pathlib import Path
 
 import torch
@@ -46,6 +49,7 @@ SIGNATURES = {
     "gated_norm": [_P, _P, _I, _P, _P, _I, _P, _P] + [_I] * 4 + [_F, _P, _I],
     "relu2": [_P, _P, _I],
     "stack": [_P, _P, _I],
+    "drafts": [_P, _P, _I, _P],
 }
 
 
@@ -197,24 +201,30 @@ def mamba(
 class Table:
     """Where the keys of S sequences lie in a pool, and which queries are theirs: made once per pass.
 
-    starts_SZ: the place where each page begins; queries: where each sequence's queries begin, S + 1 numbers; before_S:
-    keys before its first query. Key j lies `shift` further on. most: queries of the longest; longest: its keys.
-    places_N: where the keys of the queries themselves lie.
+    numbers: one after the other the places where each sequence's Z pages begin [S, Z], where its queries begin [S + 1],
+    the keys before the first of them [S], and where the queries' own keys lie [N]. Key j lies `shift` further on.
+    most: queries of the longest; longest: its keys. An array and not tensors: it is made for each token.
     """
 
-    starts_SZ: Tensor
-    queries: Tensor
-    before_S: Tensor
+    numbers: "array[int]"
+    sequences: int
+    deepest: int
     page: int
     shift: int
     most: int
     longest: int
-    places_N: Tensor
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of page starts, queries, keys before, and places."""
+        starts = self.numbers.buffer_info()[0]
+        queries = starts + 8 * self.sequences * self.deepest
+        before = queries + 8 * (self.sequences + 1)
+        return starts, queries, before, before + 8 * self.sequences
 
     def pieces(self, groups: int, window: int | None) -> int:
         """In how many pieces each sequence's keys are read, so that every thread has work."""
         keys = self.longest if window is None else min(self.longest, window + self.most)
-        return max(1, min(2 * torch.get_num_threads() // (len(self.before_S) * groups), keys // PIECE, 64))
+        return max(1, min(2 * torch.get_num_threads() // (self.sequences * groups), keys // PIECE, 64))
 
 
 @dataclass(frozen=True)
@@ -246,18 +256,14 @@ def table(
 ) -> Table:
     """The table of sequences with these page starts, so many queries each, behind so many keys."""
     deepest = max(map(len, starts))
-    queries = [0]
-    for count in counts:
-        queries.append(queries[-1] + count)
-    longest = max(b + c for b, c in zip(before, counts, strict=True))
-    padded = torch.tensor([[*own, *[0] * (deepest - len(own))] for own in starts])
-    places = [
-        own[(key + shift) // page] + (key + shift) % page
-        for own, count, past in zip(starts, counts, before, strict=True)
-        for key in range(past, past + count)
-    ]
-    ends = torch.tensor(queries), torch.tensor(before)
-    return Table(padded, *ends, page, shift, max(counts), longest, torch.tensor(places))
+    numbers = [start for own in starts for start in (*own, *[0] * (deepest - len(own)))]
+    numbers += accumulate(counts, initial=0)
+    numbers += before
+    for own, count, past in zip(starts, counts, before, strict=True):
+        for at in range(past + shift, past + shift + count):
+            numbers.append(own[at // page] + at % page)
+    longest = max(map(add, before, counts))
+    return Table(array("q", numbers), len(starts), deepest, page, shift, max(counts), longest)
 
 
 def takes_attention(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, most: int) -> bool:
@@ -270,13 +276,13 @@ def takes_attention(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, most: int) -> b
 def attend(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, at: Table, window: int | None, scale: float) -> Tensor:
     """Causal attention of a few queries of each sequence over its keys in a pool of X places: [N, H, K]."""
     (_, heads, width), groups = q_NHK.shape, k_XGK.shape[1]
-    sequences, deepest = at.starts_SZ.shape
     pieces = at.pieces(groups, window)
     out_NHK = torch.empty_like(q_NHK)
-    scratch = torch.empty(sequences * groups * pieces * MOST_QUERIES * (2 + width))
+    scratch = torch.empty(at.sequences * groups * pieces * MOST_QUERIES * (2 + width))
     function("attend", q_NHK.dtype)(
-        *(t.data_ptr() for t in (q_NHK, k_XGK, v_XGK, out_NHK, at.starts_SZ, at.queries, at.before_S)),
-        *(sequences, deepest, at.page, at.shift, heads, groups, width, window or 0),
+        *(t.data_ptr() for t in (q_NHK, k_XGK, v_XGK, out_NHK)),
+        *at.addresses()[:3],
+        *(at.sequences, at.deepest, at.page, at.shift, heads, groups, width, window or 0),
         *(scale, pieces, scratch.data_ptr()),
     )
     return out_NHK

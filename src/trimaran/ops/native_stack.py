@@ -127,11 +127,12 @@ def norm(weight_D: Tensor, eps: float) -> Part:
     return part(NORM, (weight_D, eps), [], 0, 0)
 
 
-def mamba_memory(slots: Slots, after_KSHPN: Tensor | None, projected_NC: Tensor | None) -> list[int]:
-    """The words of a Mamba block's memory; after, projected: room for a trial's states and projected inputs."""
+def mamba_memory(slots: Slots, after_KSHPN: Tensor | None, window_SXC: Tensor | None) -> list[int]:
+    """The words of a Mamba block's memory; after, window: room for a trial's states, and for the tails with the
+    convolution's inputs behind them."""
     tail, ssm = slots.tail_SWC, slots.ssm_SHPN
     own = [tail.data_ptr(), tail.stride(0), ssm.data_ptr(), ssm.stride(0)]
-    return [*own, address(after_KSHPN), address(projected_NC)]
+    return [*own, address(after_KSHPN), address(window_SXC)]
 
 
 def attention_memory(reach: Reach, groups: int, window: int | None) -> list[int]:
@@ -149,33 +150,75 @@ def turned(rows: int, inner: int) -> Tensor:
     return torch.empty(-(-rows // 32) * 32 * inner if rows > TURNED else 1, dtype=torch.int32)
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """What parts need beside their words. numbers: of scratch; inner: the widest input of a map."""
+
+    numbers: int
+    inner: int
+
+
+def pass_words(
+    x: Tensor, beside: Tensor | None, y: Tensor, slots: Slots | None, at: Table | None, lanes: Tensor, room: Tensor
+) -> "array[int]":
+    """The words of a pass, in the kernel's order. slots and at: what the documents and the keys of Mamba and attention
+    blocks are, alike in all of them."""
+    width = x.shape[-1]
+    words = [x.data_ptr(), address(beside), y.data_ptr(), x.numel() // width, width]
+    words += [0, 0, 0] if slots is None else [address(slots.slots_S), slots.documents, slots.tokens]
+    if at is None:
+        words += [0] * 8
+    else:
+        starts, queries, before, places = at.addresses()
+        words += [places, starts, queries, before, at.sequences, at.deepest, at.page, at.shift]
+    return array("q", [*words, torch.get_num_threads(), lanes.data_ptr(), room.data_ptr()])
+
+
 def stack(
     x_BTD: Tensor,
     beside_BTD: Tensor | None,
     parts: "array[int]",
     first: int,
     last: int,
-    numbers: int,
-    inner: int,
+    room: Scratch,
     slots: Slots | None,
     at: Table | None,
 ) -> Tensor:
-    """The stream after the parts `first` to before `last` [B, T, D].
-
-    parts: the words of all; numbers: of scratch; inner: the widest input of a map; slots and at: what the documents and
-    the keys of Mamba and attention blocks are, alike in all of them.
-    """
-    width = x_BTD.shape[-1]
-    y_BTD, rows = torch.empty_like(x_BTD), x_BTD.numel() // width
-    words = [x_BTD.data_ptr(), address(beside_BTD), y_BTD.data_ptr(), rows, width]
-    words += [0, 0, 0] if slots is None else [address(slots.slots_S), slots.documents, slots.tokens]
-    if at is None:
-        words += [0] * 8
-    else:
-        words += [t.data_ptr() for t in (at.places_N, at.starts_SZ, at.queries, at.before_S)]
-        words += [*at.starts_SZ.shape, at.page, at.shift]
-    lanes, room = turned(rows, inner), scratch(numbers)
-    words += [torch.get_num_threads(), lanes.data_ptr(), room.data_ptr()]
-    of_pass, own = array("q", words), parts.buffer_info()[0] + first * WORDS * parts.itemsize
-    function("stack", x_BTD.dtype)(of_pass.buffer_info()[0], own, last - first)
+    """The stream after the parts `first` to before `last` [B, T, D]. parts: the words of all."""
+    y_BTD, rows = torch.empty_like(x_BTD), x_BTD.numel() // x_BTD.shape[-1]
+    lanes, own = turned(rows, room.inner), scratch(room.numbers)
+    of_pass = pass_words(x_BTD, beside_BTD, y_BTD, slots, at, lanes, own)
+    begin = parts.buffer_info()[0] + first * WORDS * parts.itemsize
+    function("stack", x_BTD.dtype)(of_pass.buffer_info()[0], begin, last - first)
     return y_BTD
+
+
+def drafts(
+    hidden_ND: Tensor,
+    following: Sequence[int],
+    parts: "array[int]",
+    room: Scratch,
+    at: Table,
+    ends: tuple[Tensor, Tensor],
+    ids: int,
+    depth: int,
+) -> tuple[Tensor, list[list[int]]]:
+    """Of S sequences the draft block's output at their newest pairs [S, D], and `depth` greedy drafts behind them.
+
+    hidden, following: the pairs to read first, those of one sequence after those of the other. parts: of the draft
+    block, a `join` first. at: of each sequence's pairs and depth - 1 keys more. ends: the weights of embedding and head
+    [V, D]. ids: tokens from there on are never drafted. Where the model gives no number all drafts end with -1s.
+    """
+    (pairs, width), rows = hidden_ND.shape, at.sequences
+    x, y = (hidden_ND.new_empty(max(pairs, rows), width) for _ in range(2))
+    newest_SD, logits = hidden_ND.new_empty(rows, width), hidden_ND.new_empty(rows, ids)
+    lanes, own = turned(max(pairs, rows), max(room.inner, width)), scratch(room.numbers)
+    of_pass = pass_words(x, hidden_ND, y, None, at, lanes, own)
+    tokens, after = array("q", [-1]) * (rows * depth), array("q", following)
+    more = [*(t.data_ptr() for t in ends), ids, depth, after.buffer_info()[0]]
+    more += [newest_SD.data_ptr(), logits.data_ptr(), tokens.buffer_info()[0]]
+    of_drafts = array("q", more)
+    function("drafts", hidden_ND.dtype)(
+        of_pass.buffer_info()[0], parts.buffer_info()[0], len(parts) // WORDS, of_drafts.buffer_info()[0]
+    )
+    return newest_SD, [list(tokens[row : row + depth]) for row in range(0, rows * depth, depth)]

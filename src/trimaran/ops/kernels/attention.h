@@ -26,12 +26,12 @@ struct Partial {
     float *top, *total, *values;
 };
 
-static inline float dot(const float *a, const float *b, int64_t width) {
+static inline vf dot(const float *a, const float *b, int64_t width) {
     vf total = {};
     for (int64_t i = 0; i < width; i += LANES) total += load(a + i) * load(b + i);
-    return sum(total);
+    return total;
 }
-static inline float dot(const bf16 *a, const bf16 *b, int64_t width) {
+static inline vf dot(const bf16 *a, const bf16 *b, int64_t width) {
     vf total = {};
     int64_t i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES) {
@@ -41,7 +41,7 @@ static inline float dot(const bf16 *a, const bf16 *b, int64_t width) {
         total = dot2(total, x, y);
     }
     for (; i < width; i += LANES) total += load(a + i) * load(b + i);
-    return sum(total);
+    return total;
 }
 
 // Rows (query, head of the group) over up to sixteen keys, of which row r sees those from low[r] to below high[r].
@@ -49,12 +49,14 @@ template <class T>
 static void attend_block(const Attend<T> &a, const T *const *q, const T *const *keys, const T *const *values,
                          int64_t first, int64_t count, const int64_t *low, const int64_t *high, int64_t rows, Partial to) {
     for (int64_t r = 0; r < rows; r++) {
-        vf scores = all(-INFINITY);
+        vf products[LANES] = {};
+        int64_t begin = low[r] > first ? low[r] - first : 0, end = high[r] - first < count ? high[r] - first : count;
+        for (int64_t j = begin; j < end; j++) products[j] = dot(q[r], keys[j], a.width);
+        vf scores = sums(products) * a.scale;
         float top = to.top[r];
-        for (int64_t j = 0; j < count; j++) {
-            if (first + j < low[r] || first + j >= high[r]) continue;
-            scores[j] = dot(q[r], keys[j], a.width) * a.scale;
-            top = scores[j] > top || scores[j] != scores[j] ? scores[j] : top;
+        for (int64_t j = 0; j < LANES; j++) {
+            if (j < begin || j >= end) scores[j] = -INFINITY;
+            else top = scores[j] > top || scores[j] != scores[j] ? scores[j] : top;
         }
         if (top == -INFINITY) continue;
         vf weights = vexp(scores - top);

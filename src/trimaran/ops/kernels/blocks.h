@@ -55,7 +55,7 @@ static void maps(const T *x, const Map<T> (&some)[N], int64_t rows, int64_t inne
     for (int64_t r = 0; r < rows; r++) from[r] = x + r * inner;
     for (int n = 0; n < N; n++) {
         for (int64_t r = 0; r < rows; r++) to[n][r] = some[n].y + r * some[n].outputs;
-        products[n] = {from, some[n].weight, to[n], rows, inner, some[n].squared};
+        products[n] = {from, some[n].weight, to[n], rows, inner, some[n].squared, prefetched<T>(some[n].outputs * inner)};
         outputs[n] = some[n].outputs;
     }
     linears(products, outputs, N, turned);
@@ -73,14 +73,21 @@ template <class T> static void ffn_block(const Stream<T> &s, const T *up, const 
     s.add(out);
 }
 
-// `steps.projected` and `steps.out` are filled here. projected: [rows, projected] of a caller who wants the inputs, or null.
+// `steps.projected` and `steps.out` are filled here. window: null, or room for each document's tail with the inputs of
+// the convolution behind it [documents, taps - 1 + tokens, channels], for a trial to be taken back to.
 template <class T>
-static void mamba_block(const Stream<T> &s, const T *in, const T *out, const Mamba<T> &m, Steps<T> steps, T *projected,
+static void mamba_block(const Stream<T> &s, const T *in, const T *out, const Mamba<T> &m, Steps<T> steps, T *window,
                         uint32_t *turned, int64_t threads, Arena arena) {
     T *normed = s.normed(arena), *mixed = arena.take<T>(s.rows * m.inner()), *back = arena.take<T>(s.rows * s.width);
+    T *projected = arena.take<T>(s.rows * m.projected());
     float *scratch = arena.take<float>(threads * 2 * (m.inner() / m.groups + m.size));
-    if (!projected) projected = arena.take<T>(s.rows * m.projected());
     map(normed, in, projected, s.rows, s.width, m.projected(), turned);
+    for (int64_t d = 0, wide = m.channels(); window && d < steps.documents; d++) {
+        memcpy(window, steps.tail + (steps.slots ? steps.slots[d] : d) * steps.tail_stride, (m.taps - 1) * wide * sizeof(T));
+        window += (m.taps - 1) * wide;
+        for (int64_t t = 0; t < steps.tokens; t++, window += wide)
+            memcpy(window, projected + (d * steps.tokens + t) * m.projected() + m.inner(), wide * sizeof(T));
+    }
     steps.projected = projected;
     steps.out = mixed;
     mamba(m, steps, scratch, threads);

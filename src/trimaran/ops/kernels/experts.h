@@ -60,19 +60,20 @@ static void experts(const T *x, const int64_t *ids, const float *weights, const 
         fed_to[i] = fed + i * width;
     }
     const int BLOCK = 32;
+    int64_t ahead = prefetched<T>(width * ffn);
     int64_t up_blocks = (ffn + BLOCK - 1) / BLOCK, down_blocks = (width + BLOCK - 1) / BLOCK;
 #pragma omp parallel if (placed * width * ffn > 1 << 15)
     {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < used * up_blocks; n++) {
             int64_t e = n / up_blocks, from = n % up_blocks * BLOCK, end = from + BLOCK < ffn ? from + BLOCK : ffn;
-            Product<T, T> p = {rows + begins[e], up + expert_of[e] * ffn * width, to + begins[e], begins[e + 1] - begins[e], width, true};
+            Product<T, T> p = {rows + begins[e], up + expert_of[e] * ffn * width, to + begins[e], begins[e + 1] - begins[e], width, true, ahead};
             p.dotted(from, end);
         }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < used * down_blocks; n++) {
             int64_t e = n / down_blocks, from = n % down_blocks * BLOCK, end = from + BLOCK < width ? from + BLOCK : width;
-            Product<T, float> p = {between + begins[e], down + expert_of[e] * ffn * width, fed_to + begins[e], begins[e + 1] - begins[e], ffn, false};
+            Product<T, float> p = {between + begins[e], down + expert_of[e] * ffn * width, fed_to + begins[e], begins[e + 1] - begins[e], ffn, false, ahead};
             p.dotted(from, end);
         }
 #pragma omp for schedule(static)

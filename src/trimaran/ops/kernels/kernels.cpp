@@ -87,8 +87,13 @@ EXPERTS(route_fp32, experts_fp32, float)
 PREFILL(conv_silu_bf16, scan_bf16, scan_room_bf16, gated_norm_bf16, relu2_bf16, bf16)
 PREFILL(conv_silu_fp32, scan_fp32, scan_room_fp32, gated_norm_fp32, relu2_fp32, float)
 
-#define STACK(NAME, T)                                                                                                 \
-    EXPORT void NAME(const int64_t *pass, const int64_t *parts, int64_t count) { stack<T>({pass}, parts, count); }
-STACK(stack_bf16, bf16)
-STACK(stack_fp32, float)
+#define STACK(NAME, DRAFTS, T)                                                                                         \
+    EXPORT void NAME(const int64_t *pass, const int64_t *parts, int64_t count) {                                       \
+        stack(read_pass<T>({pass}), parts, count);                                                                     \
+    }                                                                                                                  \
+    EXPORT void DRAFTS(const int64_t *pass, const int64_t *parts, int64_t count, const int64_t *more) {                \
+        drafts(read_pass<T>({pass}), parts, count, {more});                                                            \
+    }
+STACK(stack_bf16, drafts_bf16, bf16)
+STACK(stack_fp32, drafts_fp32, float)
 #include "training_exports.h"

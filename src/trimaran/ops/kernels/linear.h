@@ -9,7 +9,9 @@
 
 static const int MOST_ROWS = 64;
 static const int SIDE = 4, FEW = 8, COLUMNS = 32;
-static const int64_t AHEAD = 48 << 10;  // bytes of W between use and prefetch: memory is slower than the products
+// Bytes of W between use and prefetch: memory is slower than the products. A small W comes from a cache, and what lies
+// behind it would be fetched for nothing.
+static const int64_t AHEAD = 48 << 10, SMALL = 1 << 19;
 
 // What the two number formats do differently: fp32 steps over one number of the inner axis, bf16 over a pair.
 template <class T> struct Inner;
@@ -39,14 +41,20 @@ template <> struct Inner<bf16> {
     }
 };
 
+static inline vf vrelu2(vf x) { return select(x != x, x, select(x > 0, x * x, all(0.0f))); }
 static inline float relu2(float x) { return x != x ? x : x > 0 ? x * x : 0; }
+
+template <class T> static inline int64_t prefetched(int64_t numbers) {
+    return numbers * (int64_t)sizeof(T) > SMALL ? AHEAD : 0;
+}
 
 template <class T, class Out> struct Product {
     const T *const *rows;  // of x, `inner` numbers each
     const T *weight;       // [outputs, inner]
     Out *const *out;       // a row per row of x
     int64_t count, inner;
-    bool squared;  // relu(y)^2
+    bool squared;        // relu(y)^2
+    int64_t ahead = 0;   // bytes, 0: no prefetch
 
     void emit(int64_t row, int64_t column, float value) const {
         put(out[row] + column, value);  // rounded first, as where the square is a step of its own
@@ -59,7 +67,7 @@ template <class T, class Out> struct Product {
         int64_t k = 0;
         for (; k + STEP <= inner; k += STEP)
             for (int w = 0; w < W; w++) {
-                __builtin_prefetch((const char *)(weight + (column + w) * inner + k) + AHEAD, 0, 2);
+                if (ahead) __builtin_prefetch((const char *)(weight + (column + w) * inner + k) + ahead, 0, 2);
                 for (int r = 0; r < R; r++)
                     acc[r][w] = Inner<T>::step(acc[r][w], rows[row + r] + k, weight + (column + w) * inner + k);
             }
@@ -72,8 +80,33 @@ template <class T, class Out> struct Product {
             }
     }
 
+    // Of R rows and sixteen / R columns, four at a time (that many streams a processor follows), summed up together.
+    template <int R> void sixteen(int64_t row, int64_t column) const {
+        const int STEP = LANES * Inner<T>::NUMBERS, GROUPS = LANES / (R * SIDE), WIDE = GROUPS * SIDE;
+        vf acc[LANES] = {};
+        for (int g = 0; g < GROUPS; g++) {
+            const T *from = weight + (column + g * SIDE) * inner;
+            vf own[R][SIDE] = {};
+            for (int64_t k = 0; k < inner; k += STEP)
+                for (int w = 0; w < SIDE; w++) {
+                    if (ahead) __builtin_prefetch((const char *)(from + w * inner + k) + ahead, 0, 2);
+                    for (int r = 0; r < R; r++) own[r][w] = Inner<T>::step(own[r][w], rows[row + r] + k, from + w * inner + k);
+                }
+            for (int r = 0; r < R; r++)
+                for (int w = 0; w < SIDE; w++) acc[r * WIDE + g * SIDE + w] = own[r][w];
+        }
+        vf total = sums(acc);
+        Out rounded[LANES];  // first, as where the square is a step of its own
+        store(rounded, total);
+        if (squared) store(rounded, vrelu2(load(rounded)));
+        for (int r = 0; r < R; r++) memcpy(out[row + r] + column, rounded + r * WIDE, WIDE * sizeof(Out));
+    }
+
     template <int R> void across(int64_t row, int64_t from, int64_t to) const {
+        const int WIDE = LANES / (R * SIDE) * SIDE;
         int64_t column = from;
+        if (inner % (LANES * Inner<T>::NUMBERS) == 0)
+            for (; column + WIDE <= to; column += WIDE) sixteen<R>(row, column);
         for (; column + SIDE <= to; column += SIDE) dots<R, SIDE>(row, column);
         for (; column < to; column++) dots<R, 1>(row, column);
     }
@@ -92,9 +125,9 @@ template <class T, class Out> struct Product {
         vf acc[W][V] = {};
         const T *w = weight + column * inner;
         for (int64_t k = 0; k < steps(); k++) {
-            if (k % LANES == 0)
+            if (ahead && k % LANES == 0)
                 for (int i = 0; i < W; i++)
-                    __builtin_prefetch((const char *)(w + i * inner + k * Inner<T>::NUMBERS) + AHEAD, 0, 2);
+                    __builtin_prefetch((const char *)(w + i * inner + k * Inner<T>::NUMBERS) + ahead, 0, 2);
             for (int i = 0; i < W; i++)
                 for (int v = 0; v < V; v++)
                     acc[i][v] = Inner<T>::spread(acc[i][v], w + i * inner + k * Inner<T>::NUMBERS, turned + (k * V + v) * LANES);

@@ -75,6 +75,8 @@ static void convolve(const Mamba<T> &m, const T *tail, const T *inputs, int64_t 
 // One head: state = decay state + (dt x) B^T, y = state C + D x. size is a multiple of the lanes.
 static inline void update(const float *before, float *after, const float *x, const float *B, const float *C, float *y,
                           float dt, float decay, float D, int64_t width, int64_t size) {
+    vf totals[LANES];
+    float sixteen[LANES];
     for (int64_t p = 0; p < width; p++) {
         vf total = {};
         float write = dt * x[p];
@@ -83,7 +85,12 @@ static inline void update(const float *before, float *after, const float *x, con
             store(after + p * size + n, s);
             total += s * load(C + n);
         }
-        y[p] = sum(total) + D * x[p];
+        totals[p % LANES] = total;
+        if (p % LANES < LANES - 1 && p + 1 < width) continue;
+        int64_t first = p / LANES * LANES;
+        for (int64_t i = p + 1 - first; i < LANES; i++) totals[i] = all(0.0f);
+        store(sixteen, sums(totals));
+        for (int64_t i = first; i <= p; i++) y[i] = sixteen[i - first] + D * x[i];
     }
 }
 

@@ -47,10 +47,10 @@ template <class T> static void mamba_part(const Stream<T> &s, Words w, Words mem
     steps.tail = memory.address<T>(), steps.tail_stride = memory.number();
     steps.state = memory.address<float>(), steps.state_stride = memory.number();
     steps.after = memory.address<float>();
-    T *projected = memory.address<T>();
+    T *window = memory.address<T>();
     steps.slots = p.slots, steps.documents = p.documents, steps.tokens = p.tokens;
     int64_t tasks = p.documents * m.groups;
-    mamba_block(s, in, out, m, steps, projected, p.turned, p.threads < tasks ? p.threads : tasks, {p.arena});
+    mamba_block(s, in, out, m, steps, window, p.turned, p.threads < tasks ? p.threads : tasks, {p.arena});
 }
 
 template <class T> static void attention_part(const Stream<T> &s, Words w, Words memory, const Pass<T> &p) {
@@ -86,16 +86,20 @@ template <class T> static void join_part(const Stream<T> &s, Words w, const Pass
     map(joined, w.address<T>(), s.y, s.rows, 2 * s.width, s.width, p.turned);
 }
 
-template <class T> static void stack(Words of_pass, const int64_t *parts, int64_t count) {
+template <class T> static Pass<T> read_pass(Words w) {
     Pass<T> p = {};
-    p.x = of_pass.address<T>(), p.beside = of_pass.address<T>(), p.y = of_pass.address<T>();
-    p.rows = of_pass.number(), p.width = of_pass.number();
-    p.slots = of_pass.address<int64_t>(), p.documents = of_pass.number(), p.tokens = of_pass.number();
-    p.places = of_pass.address<int64_t>(), p.starts = of_pass.address<int64_t>();
-    p.queries = of_pass.address<int64_t>(), p.before = of_pass.address<int64_t>();
-    p.sequences = of_pass.number(), p.deepest = of_pass.number(), p.page = of_pass.number(), p.shift = of_pass.number();
-    p.threads = of_pass.number();
-    p.turned = of_pass.address<uint32_t>(), p.arena = of_pass.address<char>();
+    p.x = w.address<T>(), p.beside = w.address<T>(), p.y = w.address<T>();
+    p.rows = w.number(), p.width = w.number();
+    p.slots = w.address<int64_t>(), p.documents = w.number(), p.tokens = w.number();
+    p.places = w.address<int64_t>(), p.starts = w.address<int64_t>();
+    p.queries = w.address<int64_t>(), p.before = w.address<int64_t>();
+    p.sequences = w.number(), p.deepest = w.number(), p.page = w.number(), p.shift = w.number();
+    p.threads = w.number();
+    p.turned = w.address<uint32_t>(), p.arena = w.address<char>();
+    return p;
+}
+
+template <class T> static void stack(Pass<T> p, const int64_t *parts, int64_t count) {
     for (int64_t i = 0; i < count; i++, p.x = p.y) {
         Words w = {parts + i * WORDS}, memory = {parts + i * WORDS + MEMORY};
         Kind kind = (Kind)w.number();
@@ -109,5 +113,58 @@ template <class T> static void stack(Words of_pass, const int64_t *parts, int64_
         case JOIN: join_part(s, w, p); break;
         case NORM: rms_norm(s.x, s.norm, s.y, s.rows, s.width, s.eps); break;
         }
+    }
+}
+
+// The first of the largest; -1 where a model gave no numbers.
+template <class T> static int64_t likeliest(const T *logits, int64_t ids) {
+    int64_t best = 0;
+    for (int64_t i = 0; i < ids; i++) {
+        float own = widen(logits[i]);
+        if (!(own - own == 0)) return -1;
+        if (own > widen(logits[best])) best = i;
+    }
+    return best;
+}
+
+// Greedy drafts of a draft block. First it reads pairs, hidden vectors [pairs, width] (p.beside) and the tokens after
+// them, some of each sequence; then it goes on alone: from a sequence's newest hidden vector to its likeliest token, from
+// both to the next hidden vector, `depth` tokens. p: places, queries and before are those of all that is read, the pairs
+// and depth - 1 drafts of each sequence; x and y have room for the larger of the two passes.
+template <class T> static void drafts(Pass<T> p, const int64_t *parts, int64_t count, Words w) {
+    const T *embeddings = w.address<T>(), *head = w.address<T>();
+    int64_t ids = w.number(), depth = w.number(), rows = p.sequences, pairs = 0;
+    const int64_t *following = w.address<int64_t>(), *places = p.places, *begins = p.queries;
+    T *newest = w.address<T>(), *logits = w.address<T>(), *x = (T *)p.x;
+    int64_t *tokens = w.address<int64_t>(), own[MOST_ROWS], queries[MOST_ROWS + 1] = {}, before[MOST_ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t due = begins[r + 1] - begins[r] - (depth - 1);
+        for (int64_t j = 0; j < due; j++) own[pairs++] = places[begins[r] + j];
+        queries[r + 1] = pairs;
+        before[r] = p.before[r];
+    }
+    auto embed = [&](int64_t row, int64_t token) { memcpy(x + row * p.width, embeddings + token * p.width, p.width * sizeof(T)); };
+    for (int64_t n = 0; n < pairs; n++) embed(n, following[n]);
+    p.places = own, p.queries = queries, p.before = before, p.rows = pairs;
+    stack(p, parts, count);
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(newest + r * p.width, p.y + (queries[r + 1] - 1) * p.width, p.width * sizeof(T));
+        before[r] += queries[r + 1] - queries[r];
+    }
+    for (int64_t r = 0; r <= rows; r++) queries[r] = r;
+    p.beside = newest, p.rows = rows;
+    for (int64_t d = 0;; d++, p.beside = p.y) {
+        map(p.beside, head, logits, rows, p.width, ids, p.turned);
+        for (int64_t r = 0; r < rows; r++) {
+            tokens[r * depth + d] = likeliest(logits + r * ids, ids);
+            if (tokens[r * depth + d] < 0) return;
+        }
+        if (d + 1 == depth) return;
+        for (int64_t r = 0; r < rows; r++) {
+            embed(r, tokens[r * depth + d]);
+            own[r] = places[begins[r + 1] - (depth - 1) + d];
+        }
+        stack(p, parts, count);
+        for (int64_t r = 0; r < rows; r++) before[r]++;
     }
 }
