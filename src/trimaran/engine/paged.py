@@ -24,7 +24,7 @@ from trimaran.engine.pages import STEPPED_BYTES, STEPS, Memory, Sequence, Stack
 from trimaran.engine.reach import Plan, Rules, Span, neighbours, plan, shared_runs
 from trimaran.model.layout import Layout
 from trimaran.model.state import Convolution, Mixer
-from trimaran.ops import conv, native, ssd
+from trimaran.ops import conv, native, native_stack, ssd
 from trimaran.ops.numbers import at_least_fp32
 from trimaran.ops.rounding import chances, key_of, stochastic_round
 
@@ -143,9 +143,12 @@ class PagedState:
             if not (0 if segment.trial else segment.count) <= kept <= segment.count:
                 raise ValueError(f"keep {kept} of {segment.count} tokens (trial: {segment.trial})")
         self.kept = True
-        for layer in self.layers:
-            if isinstance(layer, PagedMamba):
-                layer.keep(counts)
+        layers = [layer for layer in self.layers if isinstance(layer, PagedMamba)]
+        left = [layer.left for layer in layers if layer.left is not None]
+        if left:
+            native_stack.keep(left, [counts[place] for place in self.groups[0].order])
+        for layer in layers:
+            layer.keep(counts)
         for kept, segment, before in zip(counts, self.segments, self.before):
             if segment.trial:
                 self._move(segment.sequence, before + kept)
@@ -300,6 +303,7 @@ class PagedMamba:
         self.view, self.layer = view, layer
         self.tail, self.ssm = view.memory.tail[layer], view.memory.ssm[layer]
         self.trials: dict[int, Written] = {}
+        self.left: native_stack.Tried | None = None  # of a trial of one group that a kernel has made
 
     def slots(self, layout: Layout) -> native.Slots | None:
         """Passes of one group, whose tokens are the whole pass in order: single tokens, or a short trial."""
@@ -316,9 +320,9 @@ class PagedMamba:
             slots = group.slots
         return native.Slots(tail, ssm, len(group.order), group.count, slots, group.trial)
 
-    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
+    def tried(self, left: native_stack.Tried) -> None:
         """Kept until `keep` says what stays."""
-        self.trials[0] = Written(window_SXC, after_KSHPN)
+        self.left = left
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
         """Passes of single tokens and of short trials: each group in one call, its slots wherever they are."""
@@ -418,6 +422,7 @@ class PagedMamba:
             after = ssd.ssd_fold(written.x, dt_SKH, written.A, written.B, self._load(group), in_place=True)
             self._store(group, after, kept)
         self.trials.clear()
+        self.left = None
 
     def _pick(self, group: Group, states_KSHPN: Tensor, kept: list[int]) -> None:
         """Puts the state after kept[i] tokens into the group's i-th slot."""

@@ -243,7 +243,7 @@ class Pass:
     slots: native.Slots | None = None
     at: native.Table | None = None
     partial: int = 0
-    trials: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
+    trials: list[tuple[Any, native_stack.Tried]] = field(default_factory=list)
 
     def takes(self, index: int, part: Part, mixer: Any, memory: Any) -> bool:
         """Whether the kernel can do the part in this pass; its words are whole then."""
@@ -277,7 +277,7 @@ class Pass:
             count, tokens = slots.documents, slots.tokens
             after = slots.ssm_SHPN.new_empty(tokens, count, *slots.ssm_SHPN.shape[1:])
             window = self.x_BTD.new_empty(count, slots.tail_SWC.shape[1] + tokens, mixer.conv_width)
-            self.trials.append((memory, window, after))
+            self.trials.append((memory, native_stack.Tried(slots, window, after)))
         return native_stack.mamba_memory(slots, after, window)
 
     def attention(self, part: Part, mixer: Attention, memory: Any) -> list[int] | None:
@@ -349,6 +349,6 @@ class Few:
             first, index = index, takes.index(False, index) if False in takes[index:] else len(takes)
             x_BTD = x_BTD.contiguous()
             x_BTD = native_stack.stack(x_BTD, beside_BTD, own.words, first, index, scratch, own.slots, own.at)
-        for memory, window_SXC, after_KSHPN in own.trials:
-            memory.tried(window_SXC, after_KSHPN)
+        for memory, tried in own.trials:
+            memory.tried(tried)
         return x_BTD

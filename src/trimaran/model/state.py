@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.layout import Layout, lay_out
-from trimaran.ops import conv, native, ssd
+from trimaran.ops import conv, native, native_stack, ssd
 from trimaran.ops.attention import attention, merge, partial_attention
 from trimaran.ops.numbers import at_least_fp32
 
@@ -81,9 +81,8 @@ class MambaMemory(Protocol):
         """Where the pass's documents have their memory, one like the other and in order; None: not so."""
         ...
 
-    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
-        """Notes each document's tail with what a trial's tokens gave the convolution behind it, and the state after
-        each token."""
+    def tried(self, left: native_stack.Tried) -> None:
+        """Notes what a trial left."""
         ...
 
     def mix(self, mixer: Mixer, projected_BTC: Tensor, layout: Layout) -> Tensor | None:
@@ -254,7 +253,7 @@ class MambaState:
             return None
         return native.Slots(self.tail, self.ssm, len(self.tail), 1)
 
-    def tried(self, window_SXC: Tensor, after_KSHPN: Tensor) -> None:
+    def tried(self, left: native_stack.Tried) -> None:
         """Never: `slots` knows no trial."""
         raise AssertionError("a trial of a State goes through its ring")
 

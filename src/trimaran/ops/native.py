@@ -50,6 +50,7 @@ SIGNATURES = {
     "relu2": [_P, _P, _I],
     "stack": [_P, _P, _I],
     "drafts": [_P, _P, _I, _P],
+    "keep": [_P, _I, _P, _P] + [_I] * 5,
 }
 
 

@@ -193,6 +193,32 @@ def stack(
     return y_BTD
 
 
+@dataclass(slots=True)
+class Tried:
+    """What a trial left of one layer: its slots as they were, the tails with the trial's inputs behind them, and the
+    state after each token."""
+
+    slots: Slots
+    window_SXC: Tensor
+    after_KSHPN: Tensor
+
+
+def keep(layers: Sequence[Tried], kept: Sequence[int]) -> None:
+    """Ends a trial in all layers: of document d the first kept[d] tokens stay."""
+    one = layers[0].slots
+    words, stays = array("q"), array("q", kept)
+    for own in layers:
+        tail, ssm = own.slots.tail_SWC, own.slots.ssm_SHPN
+        words.extend((tail.data_ptr(), tail.stride(0), ssm.data_ptr(), ssm.stride(0)))
+        words.extend((own.window_SXC.data_ptr(), own.after_KSHPN.data_ptr()))
+    _, before, channels = one.tail_SWC.shape
+    _, heads, head, size = one.ssm_SHPN.shape
+    function("keep", one.tail_SWC.dtype)(
+        *(words.buffer_info()[0], len(layers), address(one.slots_S), stays.buffer_info()[0]),
+        *(one.documents, one.tokens, before, channels, heads * head * size),
+    )
+
+
 def drafts(
     hidden_ND: Tensor,
     following: Sequence[int],

@@ -87,13 +87,17 @@ EXPERTS(route_fp32, experts_fp32, float)
 PREFILL(conv_silu_bf16, scan_bf16, scan_room_bf16, gated_norm_bf16, relu2_bf16, bf16)
 PREFILL(conv_silu_fp32, scan_fp32, scan_room_fp32, gated_norm_fp32, relu2_fp32, float)
 
-#define STACK(NAME, DRAFTS, T)                                                                                         \
+#define STACK(NAME, DRAFTS, KEEP, T)                                                                                   \
     EXPORT void NAME(const int64_t *pass, const int64_t *parts, int64_t count) {                                       \
         stack(read_pass<T>({pass}), parts, count);                                                                     \
     }                                                                                                                  \
     EXPORT void DRAFTS(const int64_t *pass, const int64_t *parts, int64_t count, const int64_t *more) {                \
         drafts(read_pass<T>({pass}), parts, count, {more});                                                            \
+    }                                                                                                                  \
+    EXPORT void KEEP(const int64_t *words, int64_t layers, const int64_t *slots, const int64_t *kept,                  \
+                     int64_t documents, int64_t tokens, int64_t before, int64_t channels, int64_t numbers) {           \
+        keep<T>({words}, layers, slots, kept, documents, tokens, before, channels, numbers);                           \
     }
-STACK(stack_bf16, drafts_bf16, bf16)
-STACK(stack_fp32, drafts_fp32, float)
+STACK(stack_bf16, drafts_bf16, keep_bf16, bf16)
+STACK(stack_fp32, drafts_fp32, keep_fp32, float)
 #include "training_exports.h"

@@ -168,3 +168,24 @@ template <class T> static void drafts(Pass<T> p, const int64_t *parts, int64_t c
         for (int64_t r = 0; r < rows; r++) before[r]++;
     }
 }
+
+// Ends a trial in all layers of a stack: each document's state becomes that after the tokens that stay, its tail what
+// the convolution saw before the next. words, of each layer: tail, its stride, state, its stride, window, after.
+template <class T>
+static void keep(Words w, int64_t layers, const int64_t *slots, const int64_t *kept, int64_t documents, int64_t tokens,
+                 int64_t before, int64_t channels, int64_t numbers) {
+    for (int64_t layer = 0; layer < layers; layer++) {
+        T *tail = w.address<T>();
+        int64_t tail_stride = w.number();
+        float *state = w.address<float>();
+        int64_t state_stride = w.number();
+        const T *window = w.address<T>();
+        const float *after = w.address<float>();
+        for (int64_t d = 0; d < documents; d++) {
+            int64_t slot = slots ? slots[d] : d;
+            if (!kept[d]) continue;
+            memcpy(tail + slot * tail_stride, window + (d * (before + tokens) + kept[d]) * channels, before * channels * sizeof(T));
+            memcpy(state + slot * state_stride, after + ((kept[d] - 1) * documents + d) * numbers, numbers * sizeof(float));
+        }
+    }
+}
