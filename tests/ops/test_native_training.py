@@ -9,7 +9,7 @@ from tests.ops.test_native import amid_nan
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import build
 from trimaran.model.linear import Head
-from trimaran.ops import backend, conv, native, native_training
+from trimaran.ops import backend, conv, native, native_training, ssd
 from trimaran.ops.activation import relu2, relu2_reference
 from trimaran.ops.attention import attention, attention_reference
 from trimaran.ops.loss import cross_entropy, loss_and_gradient
@@ -144,6 +144,35 @@ def test_conv(dtype, length, channels, taps, carried, documents):
         lambda x, *rest: conv.causal_conv_silu_reference(x[..., 4 : 4 + channels], *rest),
         x, weight, bias, tail, seg, tolerance=TOLERANCE[dtype],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "chunk"), [(1, 16), (7, 16), (64, 64), (100, 32), (130, 50)])
+@pytest.mark.parametrize(("heads", "width", "groups", "size"), [(4, 16, 2, 16), (3, 48, 1, 32), (2, 32, 2, 48)])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_scan(dtype, length, chunk, heads, width, groups, size, carried, documents, monkeypatch):
+    """Slices of wider rows, as a mixer hands them over; the last state wants its gradient too."""
+    rows = placed(2, length, heads * width + 2 * groups * size, dtype=dtype, scale=0.5)
+    dt, A = placed(2, length, heads, seed=1), placed(heads, seed=2)
+    state = placed(2, heads, width, size, seed=3, scale=0.5) if carried else None
+    seg = (drawn(2, length, dtype=torch.float32, seed=4) > 1).long().cumsum(1) if documents else None
+    calls, backward = [], native_training.scan_backward
+    monkeypatch.setattr(native_training, "scan_backward", lambda *given: calls.append(1) or backward(*given))
+
+    def through(scan):
+        def run(rows, dt, A, state, seg):
+            x, B, C = rows.split([heads * width, groups * size, groups * size], -1)
+            x, B, C = x.unflatten(-1, (heads, width)), *(t.unflatten(-1, (groups, size)) for t in (B, C))
+            return scan(x, torch.nn.functional.softplus(dt), -A.exp(), B, C, state, seg)
+
+        return run
+
+    agree(
+        through(lambda *given: ssd.ssd(*given, chunk)), through(lambda *given: ssd.ssd_recurrence(*given)),
+        rows, dt, A, state, seg, tolerance=TOLERANCE[dtype] * (1 if dtype == torch.bfloat16 else 10),
+    )  # fmt: skip
+    assert calls
 
 
 def losses(setting, steps):

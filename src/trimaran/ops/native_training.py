@@ -26,6 +26,8 @@ SIGNATURES = {
     "conv_back": [_P] * 10 + [_I] * 8 + [_P, _I],
     "attention_training": [_P] * 5 + [_I] * 11 + [_F] + [_P] * 7 + [_I],
     "attention_room": [_I, _I],
+    "scan_back": [_P] * 8 + [_C] + [_P] * 6 + [_I] * 14 + [_P],
+    "scan_back_room": [_I] * 3,
 }
 
 
@@ -254,3 +256,35 @@ def attention_pass(
         *([None] * 4 if back is None else (t.data_ptr() for t in back)),
         *(room.data_ptr(), threads),
     )
+
+
+def scan_backward(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    before_ZBHPN: Tensor,
+    dy_BTHP: Tensor,
+    dstate_BHPN: Tensor | None,
+    chunk: int,
+    carried: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The way back through `native.scan`: gradients by x, dt, A, B, C and the state before the first token.
+
+    inputs: x, dt, A, B, C and seg, as `native.takes_scan` knows them; before: the state before each chunk; dstate: the
+    gradient by the last state (None: 0). carried: there was a state before the first token.
+    """
+    x, dt, A, B, C, seg = inputs
+    (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
+    A, dy = A.float().contiguous(), dy_BTHP.to(x.dtype).contiguous()
+    seg = None if seg is None else seg.contiguous()
+    dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype) for t in (x, B, C))
+    ddt, dA_BH, shape = torch.empty(dt.shape), torch.zeros(batch, heads), (batch, heads, width, size)
+    dstate = torch.zeros(shape) if dstate_BHPN is None else dstate_BHPN.to(torch.float32, copy=True).contiguous()
+    threads = _threads(batch * groups)
+    room = torch.empty(threads * _function("scan_back_room", x.dtype)(width, size, chunk))
+    _function("scan_back", x.dtype)(
+        *(_address(t) for t in (x, B, C, dt, A, seg, before_ZBHPN, dy)),
+        carried,
+        *(t.data_ptr() for t in (dx, dB, dC, ddt, dA_BH, dstate)),
+        *(x.stride(0), x.stride(1), B.stride(0), B.stride(1), dt.stride(0), dt.stride(1)),
+        *(batch, length, heads, width, groups, size, chunk, threads, room.data_ptr()),
+    )
+    return dx, ddt, dA_BH.sum(0), dB, dC, dstate

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import native
+from trimaran.ops import native, native_training
 from trimaran.ops.numbers import at_least_fp32
 
 
@@ -125,7 +125,8 @@ class ChunkedScan(torch.autograd.Function):
         if native.takes_scan(x, dt, B, C, chunk):
             y, last, befores = native.scan(x, dt, A_H, B, C, state, seg, chunk, wanted)
             if befores is not None:
-                keep_for_backward(ctx, (x, dt, A_H, B, C, seg), befores.unbind(0), chunk, state)
+                keep_for_backward(ctx, (x, dt, A_H, B, C, seg), [befores], chunk, state)
+                ctx.native = True
             return y, last
         S_BHPN = x.new_zeros(batch, heads, width, size, dtype=wide) if state is None else state.to(wide)
         y = torch.empty(x.shape, dtype=wide, device=x.device)
@@ -146,6 +147,11 @@ class ChunkedScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dS_BHPN: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A_H, B, C, seg, *before = ctx.saved_tensors
+        if ctx.native and dy is not None:
+            inputs = x, dt, A_H, B, C, seg
+            *gradients, dstate = native_training.scan_backward(inputs, before[0], dy, dS_BHPN, ctx.chunk, ctx.carried)
+            return *gradients, dstate.to(ctx.dtypes) if ctx.carried else None, None, None
+        before = before[0].unbind(0) if ctx.native else before
         dS_BHPN = torch.zeros_like(before[0]) if dS_BHPN is None else dS_BHPN
         dy = torch.zeros_like(x) if dy is None else dy.to(x.dtype)
         dx, dB, dC = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
@@ -182,6 +188,7 @@ def keep_for_backward(
 ) -> None:
     """The inputs and the state before each chunk: all the rest is made again."""
     ctx.save_for_backward(*inputs, *before)
+    ctx.native = False
     ctx.chunk, ctx.carried, ctx.dtypes = chunk, state is not None, None if state is None else state.dtype
     ctx.set_materialize_grads(False)
 

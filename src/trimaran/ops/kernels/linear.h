@@ -80,20 +80,23 @@ template <class T, class Out> struct Product {
             }
     }
 
-    // Of R rows and sixteen / R columns, four at a time (that many streams a processor follows), summed up together.
-    template <int R> void sixteen(int64_t row, int64_t column) const {
-        const int STEP = LANES * Inner<T>::NUMBERS, GROUPS = LANES / (R * SIDE), WIDE = GROUPS * SIDE;
+    // Columns whose products with R rows are summed up together.
+    template <int R> static constexpr int wide() { return R == 1 ? 16 : R == 2 ? 8 : 4; }
+
+    // Of R rows and so many columns, W at a time.
+    template <int R, int W> void sixteen(int64_t row, int64_t column) const {
+        const int STEP = LANES * Inner<T>::NUMBERS, WIDE = wide<R>();
         vf acc[LANES] = {};
-        for (int g = 0; g < GROUPS; g++) {
-            const T *from = weight + (column + g * SIDE) * inner;
-            vf own[R][SIDE] = {};
+        for (int g = 0; g < WIDE; g += W) {
+            const T *from = weight + (column + g) * inner;
+            vf own[R][W] = {};
             for (int64_t k = 0; k < inner; k += STEP)
-                for (int w = 0; w < SIDE; w++) {
+                for (int w = 0; w < W; w++) {
                     if (ahead) __builtin_prefetch((const char *)(from + w * inner + k) + ahead, 0, 2);
                     for (int r = 0; r < R; r++) own[r][w] = Inner<T>::step(own[r][w], rows[row + r] + k, from + w * inner + k);
                 }
             for (int r = 0; r < R; r++)
-                for (int w = 0; w < SIDE; w++) acc[r * WIDE + g * SIDE + w] = own[r][w];
+                for (int w = 0; w < W; w++) acc[r * WIDE + g + w] = own[r][w];
         }
         vf total = sums(acc);
         Out rounded[LANES];  // first, as where the square is a step of its own
@@ -102,11 +105,14 @@ template <class T, class Out> struct Product {
         for (int r = 0; r < R; r++) memcpy(out[row + r] + column, rounded + r * WIDE, WIDE * sizeof(Out));
     }
 
+    // What a single row reads from memory is read in the order in which it lies there, which is a twentieth quicker; else in
+    // as many rows as keep the products busy.
     template <int R> void across(int64_t row, int64_t from, int64_t to) const {
-        const int WIDE = LANES / (R * SIDE) * SIDE;
+        const int WIDE = wide<R>();
         int64_t column = from;
         if (inner % (LANES * Inner<T>::NUMBERS) == 0)
-            for (; column + WIDE <= to; column += WIDE) sixteen<R>(row, column);
+            for (; column + WIDE <= to; column += WIDE)
+                ahead && R == 1 ? sixteen<R, 1>(row, column) : sixteen<R, SIDE>(row, column);
         for (; column + SIDE <= to; column += SIDE) dots<R, SIDE>(row, column);
         for (; column < to; column++) dots<R, 1>(row, column);
     }

@@ -1,6 +1,7 @@
 // The kernels of training by name, as ops/native_training.py calls them.
 #pragma once
 #include "attention_training.h"
+#include "scan_training.h"
 #include "training.h"
 
 #define TRAINING(LOSS, NORM, NORM_BACK, GATED_BACK, RELU2_BACK, CONV_BACK, T)                                          \
@@ -56,3 +57,21 @@ TRAINING(loss_fp32, train_norm_fp32, train_norm_back_fp32, gated_back_fp32, relu
     }
 ATTENTION_TRAINING(attention_training_bf16, attention_room_bf16, bf16)
 ATTENTION_TRAINING(attention_training_fp32, attention_room_fp32, float)
+
+#define SCAN_BACK(NAME, ROOM, T)                                                                                       \
+    EXPORT void NAME(const T *x, const T *B, const T *C, const float *dt, const float *A, const int64_t *seg,          \
+                     float *before, const T *dy, int carried, T *dx, T *dB, T *dC, float *ddt, float *dA,              \
+                     float *dstate, int64_t x_batch, int64_t x_token, int64_t B_batch, int64_t B_token,                \
+                     int64_t dt_batch, int64_t dt_token, int64_t batch, int64_t length, int64_t heads, int64_t width,  \
+                     int64_t groups, int64_t size, int64_t chunk, int64_t threads, float *scratch) {                   \
+        scan_back<T>({{x, B, C, dt, A, seg, nullptr, before, nullptr, x_batch, x_token, B_batch, B_token, dt_batch,    \
+                       dt_token, batch, length, heads, width, groups, size, chunk},                                    \
+                      dy, carried != 0, dx, dB, dC, ddt, dA, dstate}, threads, scratch);                               \
+    }                                                                                                                  \
+    EXPORT int64_t ROOM(int64_t width, int64_t size, int64_t chunk) {                                                  \
+        Scan<T> a = {};                                                                                                \
+        a.width = width, a.size = size, a.chunk = chunk;                                                               \
+        return BackDesk<T>::numbers(a);                                                                                \
+    }
+SCAN_BACK(scan_back_bf16, scan_back_room_bf16, bf16)
+SCAN_BACK(scan_back_fp32, scan_back_room_fp32, float)
