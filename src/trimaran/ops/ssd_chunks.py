@@ -149,8 +149,8 @@ class ChunkedScan(torch.autograd.Function):
         x, dt, A_H, B, C, seg, *before = ctx.saved_tensors
         if ctx.native and dy is not None:
             inputs = x, dt, A_H, B, C, seg
-            *gradients, dstate = native_training.scan_backward(inputs, before[0], dy, dS_BHPN, ctx.chunk, ctx.carried)
-            return *gradients, dstate.to(ctx.dtypes) if ctx.carried else None, None, None
+            *gradients, dfirst = native_training.scan_backward(inputs, before[0], dy, dS_BHPN, ctx.chunk, ctx.carried)
+            return *gradients, dfirst.to(ctx.dtypes) if ctx.carried else None, None, None
         before = before[0].unbind(0) if ctx.native else before
         dS_BHPN = torch.zeros_like(before[0]) if dS_BHPN is None else dS_BHPN
         dy = torch.zeros_like(x) if dy is None else dy.to(x.dtype)
