@@ -40,6 +40,18 @@ def test_more_random_work(seed):
     random_work(dice.choice(list(KINDS)), dice, most=14)
 
 
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_as_many_samples_begin_as_the_pass_has_tokens(samples):
+    """All of them go on from their prompt's last token, also where another prompt's tokens make up their number."""
+    model = small("dense", 97)
+    sampling = Sampling(temperature=1.0, max_tokens=4, samples=samples, seed=1, ignore_eos=True)
+    longer = Sampling(temperature=1.0, max_tokens=2, seed=2, ignore_eos=True)
+    asked = [Request((3, 40, 7, 81, 22, 9, 64), sampling), Request(tuple(range(5, 35)), longer)]
+    for tokens in range(1, 6):
+        engine = Engine(model, settings=EngineSettings(rows=6, tokens_per_pass=tokens, prefix_cache=False))
+        compare(engine.generate(asked), oracle(model, asked))
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("drafter", ["none", "mtp", "lookup", "model"])
 def test_every_drafter_with_memory_for_two_rows_of_four(drafter, cache):

@@ -226,7 +226,8 @@ class Engine:
             job, last = share.job, share.start + share.count - 1
             asks.append(job.row.ask(job.seen, share.drafts, share.law, job.request.top_logprobs))
             places += range(last, last + 1 + len(share.drafts))
-        wanted_PD = hidden_ND if len(places) == len(hidden_ND) else picked(places, hidden_ND)
+        # samples that begin together all look at the prompt's last place
+        wanted_PD = hidden_ND if places == [*range(len(hidden_ND))] else picked(places, hidden_ND)
         logits_NV = self.model.head(wanted_PD[None])[0]
         return choose(logits_NV, asks, self.spelled, self.settings.acceptance)
 
