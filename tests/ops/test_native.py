@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -141,15 +142,20 @@ def test_mamba_with_large_steps_stays_finite():
     near(m.few(projected, tail, ssm)[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 48), (5, 1, 32)])
-@pytest.mark.parametrize("shift", [0, 1])
-def test_attention(dtype, window, heads, groups, width, shift):
-    """Sequences of several lengths in scattered pages; whatever is no key of theirs is NaN."""
-    counts, before, page = [1, 4, 2], [0, 37, 700], 16
-    pool = [torch.full((1024, groups, width), torch.nan, dtype=dtype) for _ in range(2)]
-    free = torch.randperm(64, generator=torch.Generator().manual_seed(3)).tolist()
+@dataclass
+class Pooled:
+    """Queries of sequences whose keys lie in scattered pages; whatever is no key of theirs is NaN."""
+
+    q: torch.Tensor
+    pool: list[torch.Tensor]
+    at: native.Table
+    expected: torch.Tensor
+
+
+def pooled(dtype, counts, before, window, shift, heads, groups, width):
+    page = 16
+    pool = [torch.full((2048, groups, width), torch.nan, dtype=dtype) for _ in range(2)]
+    free = torch.randperm(128, generator=torch.Generator().manual_seed(3)).tolist()
     starts, expected = [], []
     q = amid_nan(numbers(sum(counts), heads, width, dtype=dtype, seed=5))
     for s, (count, past) in enumerate(zip(counts, before, strict=True)):
@@ -163,9 +169,49 @@ def test_attention(dtype, window, heads, groups, width, shift):
         own = q[sum(counts[:s]) : sum(counts[: s + 1])]
         wide = (t[None].double() for t in (own, pool[0][places], pool[1][places]))
         expected.append(attention_reference(*wide, mask, False, 0.3)[0])
-    at = native.table(starts, counts, before, page, shift)
-    assert native.takes_attention(q, *pool, at.most)
-    near(native.attend(q, *pool, at, window, 0.3), torch.cat(expected), TOLERANCE[dtype])
+    return Pooled(q, pool, native.table(starts, counts, before, page, shift), torch.cat(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 48), (5, 1, 32)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_attention(dtype, window, heads, groups, width, shift):
+    case = pooled(dtype, [1, 4, 2], [0, 37, 700], window, shift, heads, groups, width)
+    assert native.takes_attention(case.q, *case.pool, case.at.most)
+    near(native.attend(case.q, *case.pool, case.at, window, 0.3), case.expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 70, 250])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 48), (9, 1, 32)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_attention_of_many_queries(dtype, window, heads, groups, width, shift):
+    """One block of queries and part of another, tiles that a window leaves behind, more heads than fit a task."""
+    case = pooled(dtype, [1, 130, 65, 450], [3, 0, 500, 1], window, shift, heads, groups, width)
+    near(native.attend_long(case.q, *case.pool, case.at, window, 0.3), case.expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_many_queries_in_neighbouring_pages(dtype):
+    """Keys that lie side by side are read where they lie, also where scores are far apart."""
+    q, k, v = (numbers(n, h, 16, dtype=dtype, seed=h, scale=4.0) for n, h in ((300, 4), (700, 2), (700, 2)))
+    at = native.table([[20]], [300], [380], 680)
+    own = slice(20, 700)
+    mask = torch.arange(680) <= torch.arange(380, 680)[:, None]
+    expected = attention_reference(*(t[None].double() for t in (q, k[own], v[own])), mask, False, 0.3)[0]
+    found = native.attend_long(q, k, v, at, None, 0.3)
+    near(found, expected, TOLERANCE[dtype])
+    assert torch.equal(found, native.attend_long(q, k, v, at, None, 0.3))
+
+
+def test_attention_of_many_queries_carries_what_is_not_finite():
+    """A NaN reaches those that see it, and a query of NaN itself alone."""
+    q, k, v = numbers(200, 2, 16), numbers(200, 1, 16, seed=1), numbers(200, 1, 16, seed=2)
+    q[3, 1], k[150] = torch.nan, torch.nan
+    found = native.attend_long(q, k, v, native.table([[0]], [200], [0], 200), None, 0.3)
+    assert found[3, 1].isnan().all() and found[150:].isnan().all()
+    assert found[:150].isnan().any(-1).sum() == 1
 
 
 def test_attention_in_pieces_is_the_same():

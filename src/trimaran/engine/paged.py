@@ -70,7 +70,7 @@ class PagedState:
             start += segment.count
         config, page, device = memory.config, memory.page, memory.device
         key_bytes = 2 * config.num_key_value_heads * config.head_dim * memory.dtype.itemsize
-        self.rules = Rules(page, self.shift, key_bytes, device, memory.ragged, memory.sharing)
+        self.rules = Rules(page, self.shift, key_bytes, device, memory.ragged, memory.sharing, memory.reads_long())
         self._plans: dict[int | None, Plan] = {}
         self.groups = group(self)
         self.stepped = sum(g.count * len(g.order) for g in self.groups if g.trial and g.count <= STEPS)  # tokens

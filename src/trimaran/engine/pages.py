@@ -27,6 +27,7 @@ from torch import Tensor
 from trimaran.errors import Refusal
 from trimaran.model.config import ATTENTION, ModelConfig
 from trimaran.model.hybrid import HybridModel
+from trimaran.ops import native
 
 if TYPE_CHECKING:
     from trimaran.engine.paged import PagedState, Segment
@@ -413,6 +414,10 @@ class Memory:
     def flat_kv(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one attention layer (trunk first, then MTP) by place: [pages * page, G, K] each."""
         return self._flat[layer]
+
+    def reads_long(self) -> bool:
+        """Whether ops.native reads the keys of a prompt's many queries where they lie."""
+        return bool(self._flat) and native.takes_long_attention(self._flat[0][0], *self._flat[0])
 
 
 def checked_ssm_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ from trimaran.errors import Refusal
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.model.layout import PADDING
-from trimaran.model.state import State
+from trimaran.model.state import GROWTH, State
 from trimaran.text.tokenizer import Tokenizer
 
 BLOCK = 2048  # prompt tokens per row and pass: bounds the memory of a long prompt's activations
@@ -126,7 +126,7 @@ def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], block: int, dr
     if any(len(prompt) < longest for prompt in prompts):
         starts_B1 = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=model.device)
         ids_BT = torch.where(torch.arange(longest, device=model.device) < starts_B1, PADDING, 0)
-    state = model.new_state(len(prompts))
+    state = model.new_state(len(prompts), room=longest + GROWTH)
     for start in range(0, longest, block):
         part = slice(start, start + block)
         hidden_BTD = model.hidden(tokens_BT[:, part], None if ids_BT is None else ids_BT[:, part], state)

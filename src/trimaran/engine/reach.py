@@ -9,6 +9,8 @@ earlier keys and themselves causally. Three rules, each by cost, decide how they
     pad     rows with as many queries each as one batched product, gathered and padded to the longest (the two variants
             of BASS, arXiv 2404.15778)
 
+Many queries of one row, a prompt's, are a part of their own, which ops.native reads page by page where it can.
+
 Places are places in the pool of keys, page number * page size + offset. `shift` is 1 for the draft block, whose key i
 lies where token i + 1 does.
 """
@@ -22,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trimaran.ops import native
 from trimaran.ops.attention import attention, merge, partial_attention, plain_products, worth_sharing
 
 # Bytes of keys and values that could be read in the time that one more attention call takes to start. On a CPU as
@@ -53,6 +56,7 @@ class Rules:
     device: torch.device
     ragged: Literal["auto", "pad", "split"] = "auto"
     sharing: Literal["auto", "always", "never"] = "auto"
+    long: bool = False  # whether ops.native reads the keys of more than SHORT queries where they lie
 
     @property
     def launch_keys(self) -> float:
@@ -65,6 +69,7 @@ class Part:
     """`rows` rows of equally many queries, and the places of the keys they look at.
 
     keys: a slice or [S], read by all; or [rows, S]. merged: the queries look at keys of other parts too.
+    table: the only row's pages, for ops.native instead, which wants to know of the window.
     """
 
     queries: slice | Tensor
@@ -73,6 +78,8 @@ class Part:
     mask: Tensor | None = None
     causal: bool = False
     merged: bool = False
+    table: native.Table | None = None
+    window: int | None = None
 
     def operands(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Its queries, keys and values, with an axis of rows."""
@@ -96,21 +103,21 @@ class Plan:
     def read(self, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> tuple[Tensor, int]:
         """Attention of all queries over the pool [N, H, K], and the bytes of keys and values that were read."""
         if len(self.own) == 1 and not self.common and isinstance(self.own[0].queries, slice):  # nothing to put together
-            q_BTHK, k_BSGK, v_BSGK = self.own[0].operands(q_NHK, k_SGK, v_SGK)
-            return look(self.own[0], q_BTHK, k_BSGK, v_BSGK, scale).flatten(0, 1), k_BSGK.nbytes + v_BSGK.nbytes
+            return alone(self.own[0], q_NHK, k_SGK, v_SGK, scale)
         dtype, count = q_NHK.dtype, 0
         wide = torch.promote_types(dtype, torch.float32) if self.common else dtype
         out_NHK = torch.empty_like(q_NHK, dtype=wide)
         lse_NH = q_NHK.new_empty(q_NHK.shape[:2], dtype=wide)
         for part in self.own:
-            at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
+            at = part.queries
+            if not part.merged:
+                own_NHK, read = alone(part, q_NHK, k_SGK, v_SGK, scale)
+                out_NHK[at], count = own_NHK.to(wide), count + read
+                continue
+            q_BTHK, k_BSGK, v_BSGK = part.operands(q_NHK, k_SGK, v_SGK)
             count += k_BSGK.nbytes + v_BSGK.nbytes
-            if part.merged:
-                out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
-                lse_NH[at] = lse_BTH.flatten(0, 1)
-            else:
-                out_BTHK = look(part, q_BTHK, k_BSGK, v_BSGK, scale)
-            out_NHK[at] = out_BTHK.flatten(0, 1).to(wide)
+            out_BTHK, lse_BTH = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+            out_NHK[at], lse_NH[at] = out_BTHK.flatten(0, 1).to(wide), lse_BTH.flatten(0, 1)
         for part in self.common:
             at, (q_BTHK, k_BSGK, v_BSGK) = part.queries, part.operands(q_NHK, k_SGK, v_SGK)
             count += k_BSGK.nbytes + v_BSGK.nbytes
@@ -119,16 +126,24 @@ class Plan:
         return out_NHK.to(dtype), count
 
 
-def look(part: Part, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Attention of queries that look at this part only [B, T, H, K]."""
+def alone(part: Part, q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> tuple[Tensor, int]:
+    """Attention of queries that look at this part only [N, H, K], and the bytes that were read."""
+    if part.table is not None:
+        keys = part.table.longest if part.window is None else min(part.table.longest, part.window - 1 + part.table.most)
+        out_NHK = native.attend_long(q_NHK[part.queries], k_SGK, v_SGK, part.table, part.window, scale)
+        return out_NHK, keys * (k_SGK[0].nbytes + v_SGK[0].nbytes)
+    q_BTHK, k_BSGK, v_BSGK = part.operands(q_NHK, k_SGK, v_SGK)
     if plain_products(q_BTHK, k_BSGK):
-        return partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)[0].to(q_BTHK.dtype)
-    return attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+        out_BTHK = partial_attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)[0].to(q_BTHK.dtype)
+    else:
+        out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, part.mask, part.causal, scale)
+    return out_BTHK.flatten(0, 1), k_BSGK.nbytes + v_BSGK.nbytes
 
 
 def plan(spans: Sequence[Span], window: int | None, rules: Rules) -> Plan:
     """The parts of one pass, for attention over everything before or over a sliding window."""
-    own: list[Part] = []
+    own = [many(span, window, rules) for span in spans if rules.long and span.count > SHORT]
+    spans = [span for span in spans if not rules.long or span.count <= SHORT]
     common: list[Part] = []
     own_from = [0 if window is None else max(0, span.before - window + 1) for span in spans]  # keys, not places
     merged: set[int] = set()  # rows that look at other parts than their own
@@ -248,6 +263,13 @@ def pays_to_pad(own: Sequence[tuple[Span, int]], rules: Rules) -> bool:
     gathered = [not adjoining(span, first, rules) for span, first in own]
     apart = sum(length * (GATHERED if copied else 1) + rules.launch_keys for length, copied in zip(lengths, gathered))
     return PADDED * max(lengths) * len(own) + rules.launch_keys < apart
+
+
+def many(span: Span, window: int | None, rules: Rules) -> Part:
+    """One row's many queries for ops.native."""
+    starts = [[page * rules.page for page in span.pages]]
+    table = native.table(starts, [span.count], [span.before], rules.page, rules.shift)
+    return Part(slice(span.start, span.start + span.count), 1, slice(0), table=table, window=window)
 
 
 def single(span: Span, first: int, window: int | None, merged: bool, rules: Rules) -> Part:

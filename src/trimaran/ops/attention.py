@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimaran.ops import backend, native_training
+from trimaran.ops import backend, native, native_training
 from trimaran.ops.numbers import at_least_fp32
 
 SHORT = 1024  # tokens up to which CPUTraining's backward is quicker than the fused kernel's
@@ -21,7 +21,7 @@ FEW, WIDE = 4, 1 << 15  # up to so many queries of one row over so many numbers 
 def attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_BTS: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """softmax(scale q.k^T) v -> [B, T, H, K], through torch's fused kernel.
+    """softmax(scale q.k^T) v -> [B, T, H, K], through torch's fused kernel or, on a CPU, one of ours.
 
     mask_BTS: True where query t may see key s; may lack the batch axis ([T, S]); None: all keys, or only those up to
     the query's own index when `causal` (needs T == S). Where T == S no mask may reach past the query's own index.
@@ -37,6 +37,12 @@ def attention(
             mask = None if mask_BTS is None else mask_BTS.squeeze(1) if mask_BTS.ndim == 4 else mask_BTS
             return native_training.Attention.apply(q_BTHK, k_BSGK, v_BSGK, mask, scale)
         return CPUTraining.apply(q_BTHK, k_BSGK, v_BSGK, mask_BTS, causal, scale)
+    if causal and mask_BTS is None and q_BTHK.device.type == "cpu" and not torch.is_grad_enabled():
+        batch, length = q_BTHK.shape[:2]
+        q_NHK, k_XGK, v_XGK = (t.flatten(0, 1) for t in (q_BTHK, k_BSGK, v_BSGK))
+        if length > FEW and native.takes_long_attention(q_NHK, k_XGK, v_XGK):
+            at = native.table([[row * length] for row in range(batch)], [length] * batch, [0] * batch, length)
+            return native.attend_long(q_NHK, k_XGK, v_XGK, at, None, scale).view(q_BTHK.shape)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_BTS, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

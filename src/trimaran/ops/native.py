@@ -41,6 +41,8 @@ SIGNATURES = {
     "rms_norm": [_P, _P, _P, _I, _I, _F],
     "mamba": [_I] * 5 + [_P] * 6 + [_F] + [_P] * 3 + [_I, _P, _I, _P, _P, _I, _I, _P, _I],
     "attend": [_P] * 7 + [_I] * 8 + [_F, _I, _P],
+    "attend_long": [_P] * 7 + [_I] * 8 + [_F, _P, _I],
+    "attend_long_room": [_I],
     "route": [_P, _P, _P, _I, _I, _I, _I, _C, _F, _P, _P, _P],
     "experts": [_P] * 6 + [_I] * 5 + [_P, _P],
     "conv_silu": [_P, _I, _I] + [_P] * 5 + [_I] * 4,
@@ -80,7 +82,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in SIGNATURES.items():
         for kind in NAMES.values():
             function = getattr(kernels, f"{name}_{kind}")
-            function.argtypes, function.restype = arguments, _I if name == "scan_room" else None
+            function.argtypes, function.restype = arguments, _I if name.endswith("_room") else None
     return kernels
 
 
@@ -285,6 +287,26 @@ def attend(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, at: Table, window: int |
         *at.addresses()[:3],
         *(at.sequences, at.deepest, at.page, at.shift, heads, groups, width, window or 0),
         *(scale, pieces, scratch.data_ptr()),
+    )
+    return out_NHK
+
+
+def takes_long_attention(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor) -> bool:
+    """Whether `attend_long` knows the case, heads that fill the lanes, and is the quicker: it wants wide registers."""
+    fills = q_NHK.shape[-1] % LANES == 0 and instruction_set() == "avx512_bf16"
+    return fills and runs("native.attention", q_NHK, k_XGK, v_XGK)
+
+
+def attend_long(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, at: Table, window: int | None, scale: float) -> Tensor:
+    """Causal attention of many queries of each sequence over its keys in a pool of X places: [N, H, K]."""
+    (_, heads, width), groups = q_NHK.shape, k_XGK.shape[1]
+    out_NHK, threads = torch.empty_like(q_NHK), torch.get_num_threads()
+    scratch = torch.empty(threads * function("attend_long_room", q_NHK.dtype)(width))
+    function("attend_long", q_NHK.dtype)(
+        *(t.data_ptr() for t in (q_NHK, k_XGK, v_XGK, out_NHK)),
+        *at.addresses()[:3],
+        *(at.sequences, at.deepest, at.page, at.shift, heads, groups, width, window or 0),
+        *(scale, scratch.data_ptr(), threads),
     )
     return out_NHK
 

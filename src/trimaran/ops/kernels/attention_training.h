@@ -109,7 +109,7 @@ template <class T> static void attend_block(const Attention<T> &a, const Bench<T
             float *own = d.scores + j * BLOCK + v * LANES;
             vf x = select(s.sees(j, v), load(own) * a.scale, all(-INFINITY));
             store(own, x);
-            top[v] = select(x <= top[v], top[v], x);  // NaN goes on
+            top[v] = larger(top[v], x);
         }
     for (int v = 0; v < V; v++) top[v] = select(top[v] == -INFINITY, all(0), top[v]);
     for (int64_t j = s.from; j < s.padded; j += N)

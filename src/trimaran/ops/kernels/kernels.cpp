@@ -1,4 +1,5 @@
 // The kernels by name, as ops/native.py calls them. Plain C functions: no Python, no torch, no C++ library.
+#include "attention_long.h"
 #include "conv.h"
 #include "experts.h"
 #include "mamba.h"
@@ -44,6 +45,18 @@ MAMBA(mamba_fp32, float)
     }
 ATTEND(attend_bf16, bf16)
 ATTEND(attend_fp32, float)
+
+#define ATTEND_LONG(NAME, ROOM, T)                                                                                     \
+    EXPORT void NAME(const T *q, const T *keys, const T *values, T *out, const int64_t *starts,                        \
+                     const int64_t *queries, const int64_t *before, int64_t sequences, int64_t deepest, int64_t page,  \
+                     int64_t shift, int64_t heads, int64_t groups, int64_t width, int64_t window, float scale,         \
+                     float *scratch, int64_t threads) {                                                                \
+        attend_long<T>({q, keys, values, out, starts, queries, before, sequences, deepest, page, shift, heads, groups, \
+                        width, window, scale, 1}, scratch, threads);                                                   \
+    }                                                                                                                  \
+    EXPORT int64_t ROOM(int64_t width) { return Tiles<T>::numbers(width); }
+ATTEND_LONG(attend_long_bf16, attend_long_room_bf16, bf16)
+ATTEND_LONG(attend_long_fp32, attend_long_room_fp32, float)
 
 #define EXPERTS(ROUTE, NAME, T)                                                                                        \
     EXPORT void ROUTE(const T *x, const T *weight, const float *bias, int64_t tokens, int64_t inner, int64_t count,    \

@@ -1,6 +1,6 @@
 // y = x W^T for few rows: what decoding spends its time on. Weights are read once, in the order they lie in memory.
 //
-//   up to 8 rows   rows of W against rows of x, sixteen (thirty-two bf16) numbers of the inner axis at a time
+//   up to 8 rows   rows of W against rows of x, a register of the inner axis at a time
 //   more           x turned once, so that lanes are rows of x; every number of W is broadcast to them
 //
 // `rows` points at each row of x, so that experts read their tokens where they lie.
@@ -8,7 +8,7 @@
 #include "lanes.h"
 
 static const int MOST_ROWS = 64;
-static const int SIDE = 4, FEW = 8, COLUMNS = 32;
+static const int SIDE = LANES / 4, FEW = 8, COLUMNS = 2 * LANES;
 // Bytes of W between use and prefetch: memory is slower than the products. A small W comes from a cache, and what lies
 // behind it would be fetched for nothing.
 static const int64_t AHEAD = 48 << 10, SMALL = 1 << 19;
@@ -41,7 +41,7 @@ template <> struct Inner<bf16> {
     }
 };
 
-static inline vf vrelu2(vf x) { return select(x != x, x, select(x > 0, x * x, all(0.0f))); }
+static inline vf vrelu2(vf x) { return select(x != x, x, select(x > 0, x * x, all(0))); }
 static inline float relu2(float x) { return x != x ? x : x > 0 ? x * x : 0; }
 
 template <class T> static inline int64_t prefetched(int64_t numbers) {
@@ -81,10 +81,10 @@ template <class T, class Out> struct Product {
     }
 
     // Columns whose products with R rows are summed up together.
-    template <int R> static constexpr int wide() { return R == 1 ? 16 : R == 2 ? 8 : 4; }
+    template <int R> static constexpr int wide() { return R == 1 ? LANES : R == 2 ? LANES / 2 : LANES / 4; }
 
     // Of R rows and so many columns, W at a time.
-    template <int R, int W> void sixteen(int64_t row, int64_t column) const {
+    template <int R, int W> void together(int64_t row, int64_t column) const {
         const int STEP = LANES * Inner<T>::NUMBERS, WIDE = wide<R>();
         vf acc[LANES] = {};
         for (int g = 0; g < WIDE; g += W) {
@@ -112,7 +112,7 @@ template <class T, class Out> struct Product {
         int64_t column = from;
         if (inner % (LANES * Inner<T>::NUMBERS) == 0)
             for (; column + WIDE <= to; column += WIDE)
-                ahead && R == 1 ? sixteen<R, 1>(row, column) : sixteen<R, SIDE>(row, column);
+                ahead && R == 1 ? together<R, 1>(row, column) : together<R, R < 3 ? 4 : SIDE>(row, column);
         for (; column + SIDE <= to; column += SIDE) dots<R, SIDE>(row, column);
         for (; column < to; column++) dots<R, 1>(row, column);
     }
@@ -143,7 +143,7 @@ template <class T, class Out> struct Product {
     }
 
     template <int V> void spread_all(int64_t first, int64_t taken, const uint32_t *turned, int64_t from, int64_t to) const {
-        const int W = V == 1 ? 16 : 8;
+        const int W = LANES / V;
         int64_t column = from;
         for (; column + W <= to; column += W) spread<V, W>(first, taken, turned, column);
         for (; column < to; column++) spread<V, 1>(first, taken, turned, column);

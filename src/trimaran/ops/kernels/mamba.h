@@ -29,6 +29,7 @@ template <class T> struct Steps {
 
 // Four taps of sixteen channels, whose filters lie side by side: [c][i] -> tap i of all.
 template <class T> static inline void taps_apart(const T *weight, vf *w) {
+#ifdef __AVX512F__
     vf a = load(weight), b = load(weight + 16), c = load(weight + 32), d = load(weight + 48);
     vf ab = __builtin_shufflevector(a, b, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     vf cd = __builtin_shufflevector(c, d, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
@@ -38,6 +39,9 @@ template <class T> static inline void taps_apart(const T *weight, vf *w) {
     w[1] = __builtin_shufflevector(ab, cd, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     w[2] = __builtin_shufflevector(AB, CD, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     w[3] = __builtin_shufflevector(AB, CD, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#else
+    for (int i = 0; i < 4 * LANES; i++) w[i % 4][i / 4] = widen(weight[i]);
+#endif
 }
 
 // Channels [from, to) of token t: what a tap sees lies in the tail or among the tokens before.

@@ -73,7 +73,7 @@ template <class T> static void relu2_all(const T *x, T *y, int64_t count) {
         for (int64_t i = b; i < count && i < b + BLOCK; i += LANES) {
             if (i + LANES <= count) {
                 vf v = load(x + i);
-                store(y + i, select(v <= 0, all(0), v * v));
+                store(y + i, vrelu2(v));
             } else
                 for (int64_t j = i; j < count; j++) put(y + j, widen(x[j]) <= 0 ? 0 : widen(x[j]) * widen(x[j]));
         }

@@ -21,9 +21,12 @@ static inline void tile(const T *a, int64_t lda, const uint32_t *b, int64_t n, f
         }
 }
 
+// As many sums at a time as fill the registers: 32 of them with AVX-512, 16 without.
+static const int ACROSS = LANES / 4;
+
 template <class T, int V>
 static void columns_of(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t steps, bool add) {
-    const int R = V == 4 ? 6 : 8;
+    const int R = V == ACROSS ? 6 : 8;
     int64_t r = 0;
     for (; r + R <= m; r += R) tile<T, R, V>(a + r * lda, lda, b, n, c + r * ldc, ldc, steps, add);
     for (; r + 2 <= m; r += 2) tile<T, 2, V>(a + r * lda, lda, b, n, c + r * ldc, ldc, steps, add);
@@ -33,8 +36,9 @@ static void columns_of(const T *a, int64_t lda, const uint32_t *b, int64_t n, fl
 template <class T>
 static void product(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t k, bool add) {
     int64_t steps = k / Inner<T>::NUMBERS, column = 0;
-    for (; column + 4 * LANES <= n; column += 4 * LANES) columns_of<T, 4>(a, lda, b + column, n, c + column, ldc, m, steps, add);
-    for (; column + 2 * LANES <= n; column += 2 * LANES) columns_of<T, 2>(a, lda, b + column, n, c + column, ldc, m, steps, add);
+    for (; column + ACROSS * LANES <= n; column += ACROSS * LANES)
+        columns_of<T, ACROSS>(a, lda, b + column, n, c + column, ldc, m, steps, add);
+    for (; ACROSS > 2 && column + 2 * LANES <= n; column += 2 * LANES) columns_of<T, 2>(a, lda, b + column, n, c + column, ldc, m, steps, add);
     for (; column < n; column += LANES) columns_of<T, 1>(a, lda, b + column, n, c + column, ldc, m, steps, add);
 }
 

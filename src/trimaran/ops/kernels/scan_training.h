@@ -90,12 +90,14 @@ template <class T> static void back_mix(const ScanBack<T> &k, const BackDesk<T> 
             vf mix = {}, scored = {};
             if (i + LANES > j && j < count && i < count) {
                 vf decay = vexp(load(w.d.s + i) - w.d.s[j]);
-                decay = select((place + (int32_t)i >= (int32_t)j) & (place + (int32_t)i < (int32_t)count), decay, all(0.0f));
+                vi token = place + (int32_t)i;
+                decay = select((token >= (int32_t)j) & (token < (int32_t)count), decay, all(0));
                 for (int64_t n = 0; seg && n < LANES && i + n < count; n++)
                     if (seg[i + n] != seg[j]) decay[n] = 0;
                 vf score = load(w.scores + j * Q + i);
-                mix = select(decay != 0, decay * score, all(0.0f));
-                scored = select(decay != 0, load(w.dM + j * Q + i) * decay, all(0.0f));
+                vi some = decay != 0;
+                mix = select(some, decay * score, all(0));
+                scored = select(some, load(w.dM + j * Q + i) * decay, all(0));
                 vf leans = scored * score;
                 row += leans;
                 store(w.ds + i, load(w.ds + i) + leans);

@@ -25,7 +25,7 @@ static void loss(const T *logits, const int64_t *targets, const float *weights, 
             vf tops = all(-INFINITY), sums = {};
             for (int64_t i = 0; i < wide; i += LANES) {
                 vf x = load(from + i);
-                tops = select(x > tops, x, tops);
+                tops = larger(x, tops);
             }
             float top = largest(tops), target = widen(from[targets[r]]);
             for (int64_t i = wide; i < vocab; i++) top = widen(from[i]) > top ? widen(from[i]) : top;
