@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimaran.engine.plain import prefill
+from trimaran.engine.plain import BLOCK, prefill
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.loss import cross_entropy
 from trimaran.train.balance import Balance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BLOCK = 1024  # tokens of a prompt that pass the model at once, carrying the state
 PROMPT = 64  # decoding: tokens before
 
 SIZES: dict[str, Any] = {

@@ -10,6 +10,7 @@ import trimaran
 from tests.models import KINDS, random_tokens, tiny, tiny_config
 from trimaran.errors import Refusal
 from trimaran.model.hybrid import build
+from trimaran.model.state import AttentionState
 from trimaran.ops.numbers import FP32_PARAMETERS
 
 
@@ -128,3 +129,17 @@ def test_load_draws_what_build_draws():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert trimaran.load("300k", dtype=torch.bfloat16).dtype == torch.bfloat16
     assert build(tiny_config("dense"), device="meta").device.type == "meta"
+
+
+@torch.no_grad()
+def test_a_state_with_room_is_never_copied():
+    """Keys and values stay where they were put; a state that runs out of room goes on as one without."""
+    model, tokens = tiny("latent"), random_tokens(2, 700)
+    roomy, plain = model.new_state(2, room=600), model.new_state(2)
+    seen = []
+    for first, last in ((0, 300), (300, 600), (600, 700)):
+        ours, theirs = (model.hidden(tokens[:, first:last], state=state) for state in (roomy, plain))
+        torch.testing.assert_close(ours, theirs)
+        seen.append([layer.k.data_ptr() for layer in roomy.layers if isinstance(layer, AttentionState)])
+    assert seen[0] and seen[0] == seen[1]
+    assert not set(seen[1]) & set(seen[2])

@@ -252,16 +252,16 @@ class HybridModel(nn.Module):
             block.recomputed = block.letter in letters
         return [name for name, block in blocks.items() if block.recomputed]
 
-    def new_state(self, batch: int, device: torch.device | None = None) -> State:
-        """An empty state for `batch` rows."""
+    def new_state(self, batch: int, device: torch.device | None = None, room: int = 0) -> State:
+        """An empty state for `batch` rows. room: tokens per row that will come; more may, at the price of a copy."""
         device = device or self.device
-        state = State(self.config.pattern, batch, self.config, device, self.dtype)
+        state = State(self.config.pattern, batch, self.config, device, self.dtype, room)
         state.version = self.version
         for index, block in enumerate(self.backbone.layers):
             if isinstance(block.mixer, Mamba):
                 state.decays[index] = block.mixer.decay_rates().detach()
         if self.config.mtp_pattern:
-            state.mtp = State(self.config.mtp_pattern, batch, self.config, device, self.dtype)
+            state.mtp = State(self.config.mtp_pattern, batch, self.config, device, self.dtype, room)
             state.mtp.version = self.version
         return state
 

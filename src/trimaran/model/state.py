@@ -141,9 +141,13 @@ class Over(Protocol):
 
 
 class AttentionState:
-    """Keys and values [B, capacity, G, K] of one layer; how many are valid is the owner's `lengths_B`."""
+    """Keys and values [B, capacity, G, K] of one layer; how many are valid is the owner's `lengths_B`.
 
-    def __init__(self) -> None:
+    room: tokens for which there is to be capacity from the first on: growing means copying.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
@@ -168,10 +172,11 @@ class AttentionState:
         self.k = self._write(self.k, k_BTGK, layout, keys)
         self.v = self._write(self.v, v_BTGK, layout, keys)
         if layout.keys is not None and layout.first_BT is None:
-            pools = self.k.flatten(0, 1), self.v.flatten(0, 1)
-            if native.takes_attention(q_BTHK, *pools, layout.length):
-                at = layout.rows_in(self.k.shape[1])
-                return native.attend(q_BTHK.flatten(0, 1), *pools, at, window, scale).view_as(q_BTHK)
+            q_NHK, pools = q_BTHK.flatten(0, 1), (self.k.flatten(0, 1), self.v.flatten(0, 1))
+            if native.takes_attention(q_NHK, *pools, layout.length):
+                return native.attend(q_NHK, *pools, layout.rows_in(self.k.shape[1]), window, scale).view_as(q_BTHK)
+            if native.takes_long_attention(q_NHK, *pools):
+                return native.attend_long(q_NHK, *pools, layout.rows_in(self.k.shape[1]), window, scale).view_as(q_BTHK)
         k_BSGK, v_BSGK = self.k[:, :keys], self.v[:, :keys]
         if layout.goes_on and window is None and q_BTHK.device.type == "cpu" and not torch.is_grad_enabled():
             # Past and block apart: the kernel skips what causality hides, but not what a mask hides.
@@ -203,14 +208,14 @@ class AttentionState:
         if held is not None and capacity >= keys:
             return held
         # Zeros, not uninitialised memory: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
-        size = max(keys, capacity + max(capacity // 2, GROWTH))
+        size = max(keys, self.room or GROWTH) if held is None else max(keys, capacity + max(capacity // 2, GROWTH))
         grown = new.new_zeros(new.shape[0], size, *new.shape[2:])
         if held is not None:
             grown[:, :capacity] = held
         return grown
 
     def fork(self, index: Tensor) -> "AttentionState":
-        copy = AttentionState()
+        copy = AttentionState(self.room)
         copy.k, copy.v = (None if t is None else t.index_select(0, index) for t in (self.k, self.v))
         return copy
 
@@ -349,14 +354,16 @@ class State:
     document being read (None: 0). last_id_B: the id of that document. version: the model's weights it was made with.
     """
 
-    def __init__(self, pattern: str, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, pattern: str, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype, room: int = 0
+    ):
         self.batch, self.device = batch, device
         self.layers: list[AttentionState | MambaState | None] = []
         for letter in pattern:
             if letter == "M":
                 self.layers.append(MambaState(batch, config, device, dtype))
             else:
-                self.layers.append(AttentionState() if letter in ATTENTION else None)
+                self.layers.append(AttentionState(room) if letter in ATTENTION else None)
         self.decays: dict[int, Tensor] = {}  # A of each Mamba layer, set by the model: what `keep` folds with
         self.start: int | None = 0
         self.start_B: Tensor | None = None
