@@ -149,8 +149,8 @@ def drawn(of: Task, asked: Asked) -> dict[str, Any]:
             raise Red(f"problem {prompt.number}: {length} tokens of {of.length}")
     return {
         "per_second": round(len(prompts) / wall, 1),
-        "ms": round(1000 * wall / len(prompts), 2),
-        "cpu_ms": round(1000 * cpu / len(prompts), 2),
+        "ms": round(1000 * wall / len(prompts), 4),
+        "cpu_ms": round(1000 * cpu / len(prompts), 4),
         "prompt_tokens": round(statistics.mean(lengths)),
     }
 
