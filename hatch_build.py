@@ -16,6 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 KERNELS = Path("src/trimaran/ops/kernels")
 SETS = {
+    "amx_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
     "avx2": ["-march=x86-64-v3"],
 }

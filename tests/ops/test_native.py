@@ -1,7 +1,5 @@
 """The C++ kernels against the torch forms, at odd sizes, with NaN in all memory that nobody may read."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +15,10 @@ from trimaran.ops import backend, conv, native, ssd
 from trimaran.ops.attention import attention_reference
 from trimaran.ops.norm import gated_rms_norm_reference, rms_norm_reference
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason=str(native.missing())),
+    pytest.mark.usefixtures("kernels"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest reference value
 
@@ -264,24 +265,6 @@ def test_router_of_nan_stays_in_range():
     m = moe(torch.float32)
     ids = m.gate(torch.full((2, 40), torch.nan))[1]
     assert ids.min() >= 0 and ids.max() < 8 and all(len(set(row.tolist())) == 3 for row in ids)
-
-
-AVX2 = """
-import torch, pytest, sys
-from trimaran.ops import native
-assert native.instruction_set() == "avx2", native.instruction_set()
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", "not avx2", "tests/ops/test_native.py"]))
-"""
-
-
-def test_the_avx2_kernels_pass_the_same_tests():
-    """In a process of its own, whose torch is limited by environment, as a lesser processor would limit it."""
-    import os
-
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run([sys.executable, "-c", AVX2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

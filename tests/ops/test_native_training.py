@@ -15,7 +15,10 @@ from trimaran.ops.attention import attention, attention_reference
 from trimaran.ops.loss import cross_entropy, loss_and_gradient
 from trimaran.ops.norm import gated_rms_norm_reference, rms_norm, rms_norm_reference
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason=str(native.missing())),
+    pytest.mark.usefixtures("kernels"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest reference value
 

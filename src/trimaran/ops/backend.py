@@ -3,7 +3,7 @@
 Every operation has a readable reference and twins of it in families, each tested against it:
 
     torch    fast forms in plain torch: chunked scan, written gradients, fused attention, grouped products
-    native   C++ kernels for a CPU's decoding, built with the wheel (ops/kernels)
+    native   C++ kernels for a CPU, built with the wheel (ops/kernels); native.amx: on its matrix unit, where it has one
     triton   kernels for a GPU (ops/triton_*.py)
 
 A twin is named `family.operation`. The setting is a comma list of words:
@@ -30,6 +30,7 @@ from trimaran.ops.memory import keep_freed_memory
 TWINS = {
     "torch": ("attention", "conv", "experts", "loss", "norm", "relu2", "ssd"),
     "native": (
+        "amx",
         "attention",
         "blocks",
         "conv",
@@ -105,7 +106,7 @@ def choose(setting: str) -> None:
     global _chosen
     choice = Choice(setting)
     for word in choice.forced:
-        reason = missing(word.partition(".")[0])
+        reason = missing(word)
         if reason is not None:
             raise Refusal(f"ops.backend = {setting!r}, and here {reason}", "twins that can run", f"leave out {word!r}")
     _chosen = choice
@@ -129,14 +130,19 @@ def using(setting: str) -> Iterator[None]:
         choose(before)
 
 
-def missing(family: str) -> str | None:
-    """Why no twin of the family can run on this machine; None where they can."""
+def missing(word: str) -> str | None:
+    """Why nothing of a family, or not this twin, can run on this machine; None where it can."""
+    family = word.partition(".")[0]
     if family not in MODULES or not TWINS[family]:
         return None
-    return importlib.import_module(MODULES[family]).missing()
+    module = importlib.import_module(MODULES[family])
+    return module.missing() or (module.missing_unit() if word == "native.amx" else None)
 
 
 def record() -> dict[str, Any]:
-    """What stands in a run folder: the setting, what it forbids, and of each family whether it can run here."""
+    """What stands in a run folder: the setting, what it forbids, and of each family whether it can run here, the native
+    one with its instruction set."""
     families = {family: missing(family) or "here" for family, twins in TWINS.items() if twins}
+    if families["native"] == "here":
+        families["native"] = importlib.import_module(MODULES["native"]).instruction_set()
     return {"backend": _chosen.setting, "forbidden": sorted(_chosen.forbidden), **families}

@@ -24,17 +24,20 @@ from torch import Tensor
 
 from trimaran.ops import backend
 
-TURNED = 8  # rows above which x is turned so that lanes are rows
+TURNED = 4  # rows above which x is turned so that lanes are rows
 ROWS = 64  # of x, up to which a linear map is quicker here than in torch's matrix library
 LANES = 16
 MOST_QUERIES, MOST_TOKENS, MOST_CHOICES = 64, 32, 512  # what kernels hold on their stack
 LONGEST_CHUNK = 256  # tokens of a chunk of the scan
 PIECE = 256  # keys that are worth a task of their own
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}
 FLAGS = {  # instruction sets, best first, and what /proc/cpuinfo must list
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
+    "amx_bf16": {*_AVX512, "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512,
     "avx2": {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"},
 }
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux's arch/x86/include/uapi/asm/prctl.h
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "linear": [_P, _P, _P, _I, _I, _I, _P, _C],
@@ -57,46 +60,75 @@ SIGNATURES = {
 
 
 @functools.cache
-def instruction_set() -> str | None:
-    """The best of FLAGS that processor and torch's own limit (ATEN_CPU_CAPABILITY) allow; None: none."""
+def instruction_sets() -> tuple[str, ...]:
+    """Those of FLAGS that processor, kernel and torch's own limit (ATEN_CPU_CAPABILITY) allow, best first."""
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.exists():
-        return None
+        return ()
     lines = [line for line in info.read_text(errors="replace").splitlines() if line.startswith("flags")]
     here = set(lines[0].split()) if lines else set()
     limit = torch.backends.cpu.get_cpu_capability()
-    for name, needed in FLAGS.items():
-        if needed <= here and (limit == "AVX512" or (limit == "AVX2" and name == "avx2")):
-            return name
-    return None
+    known = [name for name, needed in FLAGS.items() if needed <= here and limit in ("AVX512", "AVX2")]
+    if limit == "AVX2":
+        known = [name for name in known if name == "avx2"]
+    # A process has to ask for the matrix unit's registers before its first use of them.
+    request = (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    if "amx_bf16" in known and ctypes.CDLL(None).syscall(*request) != 0:
+        known.remove("amx_bf16")
+    return tuple(known)
 
 
 @functools.cache
+def _opened(amx: bool) -> tuple[str, ctypes.CDLL] | None:
+    """The best kernels that were built for this processor and their instruction set."""
+    for found in instruction_sets():
+        path = Path(__file__).with_name("kernels") / f"{found}.so"
+        if path.exists() and (amx or found != "amx_bf16"):
+            kernels = ctypes.CDLL(str(path))
+            for name, arguments in SIGNATURES.items():
+                for kind in NAMES.values():
+                    function = getattr(kernels, f"{name}_{kind}")
+                    function.argtypes, function.restype = arguments, _I if name.endswith("_room") else None
+            return found, kernels
+    return None
+
+
 def library() -> ctypes.CDLL | None:
-    """The kernels for this processor, with their argument types; None where there are none."""
-    found = instruction_set()
-    path = Path(__file__).with_name("kernels") / f"{found}.so"
-    if found is None or not path.exists():
-        return None
-    kernels = ctypes.CDLL(str(path))
-    for name, arguments in SIGNATURES.items():
-        for kind in NAMES.values():
-            function = getattr(kernels, f"{name}_{kind}")
-            function.argtypes, function.restype = arguments, _I if name.endswith("_room") else None
-    return kernels
+    """The kernels that the setting wants of those for this processor, with argument types; None: there are none."""
+    found = _opened(backend.allowed("native.amx"))
+    return None if found is None else found[1]
+
+
+def instruction_set() -> str | None:
+    """What the kernels that run are written in, one of FLAGS; None: there are none."""
+    found = _opened(backend.allowed("native.amx"))
+    return None if found is None else found[0]
 
 
 def missing() -> str | None:
     """Why the kernels cannot run here; None where they can."""
-    if instruction_set() is None:
+    if not instruction_sets():
         return f"the native kernels do not know this processor ({platform.machine()})"
     if library() is None:
-        return f"no native kernels for {instruction_set()} were built (a C++ compiler was missing at installation)"
+        return f"no native kernels for {instruction_sets()[0]} were built (a C++ compiler was missing at installation)"
     return None
 
 
-@functools.cache
+def missing_unit() -> str | None:
+    """Why no kernels for a matrix unit can run here; None where they can."""
+    if "amx_bf16" not in instruction_sets():
+        return "this processor has no matrix unit (AMX), or its kernel does not hand it out"
+    found = _opened(True)
+    return None if found is not None and found[0] == "amx_bf16" else "no kernels for the matrix unit (AMX) were built"
+
+
 def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
+    """A kernel by its name."""
+    return _function(name, dtype, backend.allowed("native.amx"))
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype, amx: bool) -> "ctypes._NamedFuncPointer":
     return getattr(library(), f"{name}_{NAMES[dtype]}")
 
 
@@ -293,7 +325,7 @@ def attend(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, at: Table, window: int |
 
 def takes_long_attention(q_NHK: Tensor, k_XGK: Tensor, v_XGK: Tensor) -> bool:
     """Whether `attend_long` knows the case, heads that fill the lanes, and is the quicker: it wants wide registers."""
-    fills = q_NHK.shape[-1] % LANES == 0 and instruction_set() == "avx512_bf16"
+    fills = q_NHK.shape[-1] % LANES == 0 and instruction_set() != "avx2"
     return fills and runs("native.attention", q_NHK, k_XGK, v_XGK)
 
 

@@ -17,7 +17,7 @@ from trimaran.ops import backend, native
 from trimaran.ops.native import LANES, NAMES
 
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "loss": [_P] * 5 + [_I, _I, _P, _I],
     "train_norm": [_P, _C, _P, _P, _P, _I, _I, _F],
     "train_norm_back": [_P, _C] + [_P] * 5 + [_I] * 3,
@@ -31,11 +31,16 @@ SIGNATURES = {
 }
 
 
-@functools.cache
 def _function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
-    function = getattr(native.library(), f"{name}_{NAMES[dtype]}")
-    function.argtypes, function.restype = SIGNATURES[name], _I if name.endswith("_room") else None
-    return function
+    return _typed(name, dtype, backend.allowed("native.amx"))
+
+
+@functools.cache
+def _typed(name: str, dtype: torch.dtype, amx: bool) -> "ctypes._NamedFuncPointer":
+    found = native.function(name, dtype)
+    found.argtypes = SIGNATURES[name]
+    found.restype = _I if name.endswith("_room") else None
+    return found
 
 
 def runs(twin: str, *tensors: Tensor) -> bool:

@@ -46,6 +46,11 @@ template <class T> struct LongTask {
 
     static const int V = QUERIES / LANES;
 
+    // Keys, zeros with the last, that fill what a product takes in at a time.
+    static int64_t filled(int64_t keys) {
+        const int64_t STEP = on_unit<T>() ? TILE_INNER : Inner<T>::NUMBERS;
+        return (keys + STEP - 1) / STEP * STEP;
+    }
     int64_t low(int64_t query) const {
         int64_t end = a.before[s] + query + 1;
         return a.window && end > a.window ? end - a.window : 0;
@@ -79,7 +84,7 @@ template <class T> struct LongTask {
             for (int64_t j = 0; j < taken; j++) memcpy(d.keys + j * K, a.keys + a.place(s, first + j) + g * K, K * sizeof(T));
             *distance = K, keys = d.keys;
         }
-        for (int64_t j = 0; j < taken; j += LANES)
+        for (int64_t j = 0; j < filled(taken); j += LANES)
             for (int64_t k = 0; k < K; k += LANES) {
                 vf x[LANES];
                 for (int i = 0; i < LANES; i++) x[i] = j + i < taken ? load(values[j + i] + k) : all(0);
@@ -130,7 +135,7 @@ template <class T> struct LongTask {
         if (first + taken > high(own.from) || first < low(own.from + own.count - 1)) hide(own, first, taken);
         vf base[V], total[V] = {};
         fade(b, taken, base);
-        int64_t padded = (taken + N - 1) / N * N;
+        int64_t padded = filled(taken);
         for (int64_t j = 0; j < padded; j += N)
             for (int v = 0; v < V; v++) {
                 vf e[2] = {};
@@ -209,11 +214,13 @@ template <class T> static void attend_long(const Attend<T> &a, float *scratch, i
     for (int64_t s = 0; s < a.sequences; s++) {
         int64_t count = tasks.of(s), next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-        for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t thread = 0; thread < threads; thread++) {
+            MatrixUnit<T> unit;
             for (;;) {
                 int64_t n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
                 if (n >= count) break;
                 tasks.run(s, n, scratch + thread * room);
             }
+        }
     }
 }

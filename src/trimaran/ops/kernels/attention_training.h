@@ -190,7 +190,9 @@ template <class T> static void attention_task(const Attention<T> &a, bool back, 
 template <class T> static void attention_all(const Attention<T> &a, bool back, float *room, int64_t threads) {
     int64_t tasks = a.batch * a.groups, each = Bench<T>::numbers(a);
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int64_t thread = 0; thread < threads; thread++)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        MatrixUnit<T> unit;
         for (int64_t n = thread; n < tasks; n += threads)
             attention_task(a, back, n / a.groups, n % a.groups, room + thread * each);
+    }
 }

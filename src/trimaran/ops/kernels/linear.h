@@ -1,14 +1,15 @@
 // y = x W^T for few rows: what decoding spends its time on. Weights are read once, in the order they lie in memory.
 //
 //   up to 8 rows   rows of W against rows of x, a register of the inner axis at a time
-//   more           x turned once, so that lanes are rows of x; every number of W is broadcast to them
+//   more           x turned once, so that lanes are rows of x; every number of W is broadcast to them, or the matrix unit
+//                  multiplies tiles of both
 //
 // `rows` points at each row of x, so that experts read their tokens where they lie.
 #pragma once
-#include "lanes.h"
+#include "matrix.h"
 
 static const int MOST_ROWS = 64;
-static const int SIDE = LANES / 4, FEW = 8, COLUMNS = 2 * LANES;
+static const int SIDE = LANES / 4, FEW = 8, FEW_TILED = 4, COLUMNS = 2 * LANES;
 // Bytes of W between use and prefetch: memory is slower than the products. A small W comes from a cache, and what lies
 // behind it would be fetched for nothing.
 static const int64_t AHEAD = 48 << 10, SMALL = 1 << 19;
@@ -149,6 +150,27 @@ template <class T, class Out> struct Product {
         for (; column < to; column++) spread<V, 1>(first, taken, turned, column);
     }
 
+    // Columns [from, to) of rows that are lanes of `turned`, on the matrix unit; a multiple of its rows.
+    void multiplied(int64_t first, int64_t taken, int64_t lanes, const uint32_t *turned, int64_t from, int64_t to) const {
+        const int64_t WIDE = 2 * TILE_ROWS;
+        alignas(64) float sums[WIDE * COLUMNS];
+        for (int64_t column = from; column < to; column += WIDE) {
+            int64_t wide = to - column < WIDE ? to - column : WIDE;
+            multiply(weight + column * inner, inner, turned, lanes, sums, lanes, wide, inner, false, ahead);
+            for (int64_t w = 0; w < wide; w += LANES)
+                for (int64_t lane = 0; lane < taken; lane += LANES) {
+                    vf x[LANES];
+                    for (int i = 0; i < LANES; i++) x[i] = load(sums + (w + i) * lanes + lane);
+                    ::turn(x);
+                    for (int i = 0; i < LANES && lane + i < taken; i++) {
+                        Out *to_row = out[first + lane + i] + column + w;
+                        store(to_row, x[i]);
+                        if (squared) store(to_row, vrelu2(load(to_row)));
+                    }
+                }
+        }
+    }
+
     // Output columns [from, to) of all rows, four rows at a time.
     void dotted(int64_t from, int64_t to) const {
         int64_t row = 0;
@@ -166,14 +188,20 @@ template <class T, class Out> struct Product {
         for (int64_t first = 0; first < count; first += COLUMNS) {
             int64_t taken = count - first < COLUMNS ? count - first : COLUMNS;
             const uint32_t *part = turned + first * steps();
+            int64_t rest = from;
+            if (tiled()) {
+                rest = to - (to - from) % TILE_ROWS;
+                multiplied(first, taken, taken > LANES ? COLUMNS : LANES, part, from, rest);
+            }
             if (taken > LANES)
-                spread_all<2>(first, taken, part, from, to);
+                spread_all<2>(first, taken, part, rest, to);
             else
-                spread_all<1>(first, taken, part, from, to);
+                spread_all<1>(first, taken, part, rest, to);
         }
     }
 
-    bool by_lanes() const { return count > FEW && inner % Inner<T>::NUMBERS == 0; }
+    bool tiled() const { return on_unit<T>() && inner % TILE_INNER == 0; }
+    bool by_lanes() const { return count > (tiled() ? FEW_TILED : FEW) && inner % Inner<T>::NUMBERS == 0; }
 
     // Steps [from, to) of the inner axis of all rows, turned.
     void turns(int64_t from, int64_t to, uint32_t *turned) const {
@@ -195,6 +223,7 @@ static void linears(const Product<T, Out> *p, const int64_t *outputs, int count,
     for (int i = 0; i < count; i++) blocks += (outputs[i] + BLOCK - 1) / BLOCK, wide += outputs[i];
 #pragma omp parallel if (wide * p->inner > 1 << 15)
     {
+        MatrixUnit<T> unit;
         if (p->by_lanes()) {
 #pragma omp for schedule(static)
             for (int64_t k = 0; k < p->steps(); k += BLOCK)

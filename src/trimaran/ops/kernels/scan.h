@@ -34,12 +34,22 @@ static void columns_of(const T *a, int64_t lda, const uint32_t *b, int64_t n, fl
 }
 
 template <class T>
-static void product(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t k, bool add) {
+static void vector_product(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t k, bool add) {
     int64_t steps = k / Inner<T>::NUMBERS, column = 0;
     for (; column + ACROSS * LANES <= n; column += ACROSS * LANES)
         columns_of<T, ACROSS>(a, lda, b + column, n, c + column, ldc, m, steps, add);
     for (; ACROSS > 2 && column + 2 * LANES <= n; column += 2 * LANES) columns_of<T, 2>(a, lda, b + column, n, c + column, ldc, m, steps, add);
     for (; column < n; column += LANES) columns_of<T, 1>(a, lda, b + column, n, c + column, ldc, m, steps, add);
+}
+
+// What fills the matrix unit's tiles is multiplied there, where there is one: whoever calls has a MatrixUnit.
+template <class T>
+static void product(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t k, bool add) {
+    int64_t rows = on_unit<T>() ? m - m % TILE_ROWS : 0, inner = k - k % TILE_INNER;
+    if (!inner) rows = 0;
+    if (rows) multiply(a, lda, b, n, c, ldc, rows, inner, add);
+    if (rows && inner < k) vector_product(a + inner, lda, b + inner / Inner<T>::NUMBERS * n, n, c, ldc, rows, k - inner, true);
+    if (rows < m) vector_product(a + rows * lda, lda, b, n, c + rows * ldc, ldc, m - rows, k, add);
 }
 
 // Rows k, k + 1 of the right side of a product, packed.
@@ -213,9 +223,11 @@ template <class T> static void scan(const Scan<T> &a, int64_t parts, int64_t thr
     int64_t own = a.heads / a.groups, each = (own + parts - 1) / parts, tasks = a.batch * a.groups * parts;
     int64_t room = Desk<T>::numbers(a, each);
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int64_t thread = 0; thread < threads; thread++)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        MatrixUnit<T> unit;
         for (int64_t n = thread; n < tasks; n += threads) {
             int64_t g = n / parts % a.groups, from = n % parts * each, to = from + each < own ? from + each : own;
             if (from < to) scan_task(a, n / parts / a.groups, g, g * own + from, g * own + to, scratch + thread * room);
         }
+    }
 }

@@ -222,6 +222,8 @@ template <class T> static void back_task(const ScanBack<T> &k, int64_t b, int64_
 template <class T> static void scan_back(const ScanBack<T> &k, int64_t threads, float *scratch) {
     int64_t tasks = k.a.batch * k.a.groups, room = BackDesk<T>::numbers(k.a);
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int64_t thread = 0; thread < threads; thread++)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        MatrixUnit<T> unit;
         for (int64_t n = thread; n < tasks; n += threads) back_task(k, n / k.a.groups, n % k.a.groups, scratch + thread * room);
+    }
 }
