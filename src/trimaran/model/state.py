@@ -279,7 +279,8 @@ class MambaState:
             self.tail = window_BXC[:, 1:]
             return mixed_BTC
         mixed_BTC = conv1d(inputs_BTC, self.tail, layout.seg_BT)
-        self.tail = conv.next_tail(inputs_BTC, conv1d.taps, self.tail, layout.seg_BT, layout.count_B)
+        tail = conv.next_tail(inputs_BTC, conv1d.taps, self.tail, layout.seg_BT, layout.count_B)
+        self.tail = self.tail.copy_(tail) if self.in_place(self.tail) else tail
         return mixed_BTC
 
     def scan(
@@ -299,12 +300,17 @@ class MambaState:
             ring.B.append(B_BTGN)
             ring.dt.append(dt_BTH)
         if not is_step(layout):
-            y_BTHP, self.ssm = ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, layout.seg_BT, chunk)
+            y_BTHP, after = ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, layout.seg_BT, chunk)
+            # New memory that stays, allocated amid a block's, would keep what is freed around it from becoming one piece.
+            self.ssm = before.copy_(after) if self.in_place(before) else after
             return y_BTHP
-        # During a trial the state at the mark must survive, and so must a state that gradients will flow through.
-        in_place = ring is None and not torch.is_grad_enabled() and not before.requires_grad
-        y, self.ssm = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, in_place)
+        at = self.in_place(before)
+        y, self.ssm = ssd.ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], before, at)
         return y[:, None]
+
+    def in_place(self, before: Tensor) -> bool:
+        """During a trial what was at the mark must survive, and so must what gradients will flow through."""
+        return self.ring is None and not torch.is_grad_enabled() and not before.requires_grad
 
     def mark(self) -> None:
         self.ring = Ring(self.tail, self.ssm)

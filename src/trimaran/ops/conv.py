@@ -191,17 +191,21 @@ def next_tail(
 
     count_B: tokens of each row that count (the rest is padding on the right).
     """
+    last_BT = seg_BT
+    if count_B is None:  # what lies further back is not worth joining
+        behind = max(x_BTC.shape[1] - (taps - 1), 0)
+        x_BTC, seg_BT = x_BTC[:, behind:], None if seg_BT is None else seg_BT[:, behind:]
     padded = join_tail(x_BTC, taps, tail_BWC)
     if count_B is None:
         tail = padded[:, padded.shape[1] - (taps - 1) :]
     else:
         place_BW = count_B[:, None] + torch.arange(taps - 1, device=x_BTC.device)
         tail = padded.gather(1, place_BW[..., None].expand(-1, -1, padded.shape[2]))
-    if seg_BT is None:
+    if seg_BT is None or last_BT is None:
         return tail.clone()
     seg_padded = torch.cat([seg_BT.new_zeros(len(seg_BT), taps - 1), seg_BT], 1)
     if count_B is None:
         seg_tail = seg_padded[:, seg_padded.shape[1] - (taps - 1) :]
     else:
         seg_tail = seg_padded.gather(1, place_BW)
-    return tail.masked_fill((seg_tail != seg_BT[:, -1:]).unsqueeze(-1), 0)
+    return tail.masked_fill((seg_tail != last_BT[:, -1:]).unsqueeze(-1), 0)
