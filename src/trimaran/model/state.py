@@ -301,7 +301,7 @@ class MambaState:
             ring.dt.append(dt_BTH)
         if not is_step(layout):
             y_BTHP, after = ssd.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, before, layout.seg_BT, chunk)
-            # New memory that stays, allocated amid a block's, would keep what is freed around it from becoming one piece.
+            # New memory that stays, amid a block's scratch, would keep what is freed around it from becoming one piece.
             self.ssm = before.copy_(after) if self.in_place(before) else after
             return y_BTHP
         at = self.in_place(before)
