@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimaran.engine.plain import BLOCK, prefill
+from trimaran.engine.plain import prefill
 from trimaran.model.config import ModelConfig
 from trimaran.model.hybrid import HybridModel
 from trimaran.ops.loss import cross_entropy
@@ -161,7 +161,7 @@ def our_prefill(model: HybridModel, tokens: Tensor) -> Side:
 
     @torch.no_grad()
     def turn() -> Tensor:
-        return model.head(prefill(model, tokens.tolist(), BLOCK, drafting=False)[1])[:, -1]
+        return model.head(prefill(model, tokens.tolist())[1])[:, -1]
 
     return Side(turn, tokens.numel())
 
@@ -180,7 +180,7 @@ def our_decoding(model: HybridModel, tokens: Tensor) -> Side:
     """Tokens on a cache that grows; given ones are fed, so that all sides read the same."""
     model.eval()
     with torch.no_grad():
-        state, _ = prefill(model, tokens[:, :PROMPT].tolist(), BLOCK, drafting=False)
+        state, _ = prefill(model, tokens[:, :PROMPT].tolist())
 
     @torch.no_grad()
     def turn() -> Tensor:

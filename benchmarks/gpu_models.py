@@ -26,7 +26,7 @@ from trimaran.model.size import count
 from trimaran.ops import backend
 from trimaran.ops.loss import cross_entropy
 
-BATCHES, CONTEXT, BLOCK = (1, 8, 64, 256), 8192, 2048
+BATCHES, CONTEXT = (1, 8, 64, 256), 8192
 LENGTHS = (8192, 16384, 24576)  # at which steps of 8k in / 16k out are sampled
 STEPS = 16  # per measurement
 SPARE = 6 << 30  # bytes left alone beside weights and memory
@@ -153,7 +153,7 @@ def prefilling(model: HybridModel, length: int, scene: Scene) -> dict[str, Any]:
 
     def work() -> object:
         with torch.no_grad(), backend.using(scene.backend):
-            return prefill(model, tokens.tolist(), BLOCK, drafting=False)
+            return prefill(model, tokens.tolist())
 
     each = seconds(work, scene)
     share = length * count(model.config).flops_per_token(length // 2) / each / FLOPS

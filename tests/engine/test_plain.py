@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models import KINDS, tiny
-from trimaran.engine.plain import generate
+from trimaran.engine.plain import BLOCK, LONG, block_of, generate, prefill
 from trimaran.engine.sampler import Sampling, draw, key_of, probabilities, uniform
 from trimaran.errors import Refusal
 
@@ -103,6 +103,19 @@ def test_prefill_keeps_logits_and_activations_small():
     generate(model, random_prompts((100, 3)), Sampling(max_tokens=2, ignore_eos=True), block=32)
     assert max(widths) == 32
     assert set(heads) == {(2, 1, 97)}
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_smaller_blocks_on_a_cpu():
+    model, widths = tiny("mamba"), []
+    model.backbone.embeddings.register_forward_hook(lambda module, given, out: widths.append(out.shape[1]))
+    for length, block in ((LONG, BLOCK), (LONG + 1, BLOCK // 2)):
+        prompts = random_prompts((length,))
+        widths.clear()
+        _, hidden = prefill(model, prompts)
+        assert set(widths) == {block} | ({length % block} - {0})
+        torch.testing.assert_close(hidden, prefill(model, prompts, block=3000)[1], rtol=0, atol=1e-5)
+    assert block_of(LONG + 1, torch.device("cuda")) == BLOCK
 
 
 def test_end_tokens():

@@ -30,6 +30,7 @@ from trimaran.model.state import GROWTH, State
 from trimaran.text.tokenizer import Tokenizer
 
 BLOCK = 2048  # prompt tokens per row and pass: bounds the memory of a long prompt's activations
+LONG = 8192  # a longer prompt is read in blocks half as large on a CPU; see `block_of`
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     draft: int = 0,
-    block: int = BLOCK,
+    block: int | None = None,
     guides: Sequence[Callable[[], Guide] | None] | None = None,
 ) -> list[Output]:
     """Continues all prompts (token ids) as one batch; an output for each sample of each prompt, in that order.
 
     settings: for all prompts, or one per prompt. tokenizer: needed for text and stop strings; ids that it cannot spell
-    are then never chosen. draft: tokens that the model's draft block proposes per pass. block: prompt tokens per pass.
-    guides: for each prompt, what makes the guide of each of its samples.
+    are then never chosen. draft: tokens that the model's draft block proposes per pass. block: prompt tokens per pass
+    (None: as `block_of` says). guides: for each prompt, what makes the guide of each of its samples.
     Raises `Refusal` for an empty prompt, ids outside the vocabulary, and a draft asked of a model without MTP.
     """
     pieces = stream(model, prompts, settings, tokenizer=tokenizer, draft=draft, block=block, guides=guides)
@@ -72,7 +73,7 @@ def stream(
     *,
     tokenizer: Tokenizer | None = None,
     draft: int = 0,
-    block: int = BLOCK,
+    block: int | None = None,
     guides: Sequence[Callable[[], Guide] | None] | None = None,
 ) -> Iterator[Piece]:
     """`generate`, a piece at a time: every pass yields one piece for each row that grew."""
@@ -114,12 +115,25 @@ def check_draft(draft: int, config: ModelConfig) -> None:
         raise Refusal(f"draft = {draft}", "0, for this model has no draft block (MTP)", "leave draft out")
 
 
-def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], block: int, drafting: bool) -> tuple[State, Tensor]:
+def block_of(longest: int, device: torch.device) -> int:
+    """Prompt tokens per row and pass, where nobody says.
+
+    Past LONG tokens a CPU takes half as many: what that leaves of activations makes room for the prompt's keys, so that
+    32k tokens need little more memory than 2k do (docs/benchmarks.md has both figures, and what it costs in time).
+    """
+    return BLOCK // 2 if longest > LONG and device.type == "cpu" else BLOCK
+
+
+def prefill(
+    model: HybridModel, prompts: Sequence[Sequence[int]], block: int | None = None, drafting: bool = False
+) -> tuple[State, Tensor]:
     """The state after all prompts, and the hidden vector of each one's last token [B, 1, D].
 
-    When drafting, the draft block has read every pair (hidden vector, token after it) that lies within a prompt.
+    block: prompt tokens per pass (None: as `block_of` says). When drafting, the draft block has read every pair (hidden
+    vector, token after it) that lies within a prompt.
     """
     longest = max(map(len, prompts))
+    block = block or block_of(longest, model.device)
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     tokens_BT = torch.tensor(padded, device=model.device)
     ids_BT = None
