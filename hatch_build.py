@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,26 @@ class KernelsHook(BuildHookInterface):
         if compiler is None:
             self.app.display_warning("trimaran: no C++ compiler; the torch forms will run (slower decoding on a CPU)")
             return
-        for name, flags in SETS.items():
-            self.compile(compiler, name, flags, build_data)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            problems = list(pool.map(lambda name: self.compile(compiler, name), SETS))
+        for name, problem in zip(SETS, problems, strict=True):
+            if problem:
+                self.app.display_warning(f"trimaran: {compiler} cannot build kernels for {name}:\n{problem}")
+            else:
+                build_data["artifacts"].append(str(KERNELS / f"{name}.so"))
         if build_data["artifacts"]:
             build_data["pure_python"] = False
             build_data["tag"] = "py3-none-linux_x86_64"
 
-    def compile(self, compiler: str, name: str, flags: list[str], build_data: dict[str, Any]) -> None:
-        """One library; a compiler that cannot make it leaves it out and says so."""
+    def compile(self, compiler: str, name: str) -> str:
+        """One library, and what went wrong; a compiler that cannot make it leaves none."""
         folder = Path(self.root) / KERNELS
         made, whole = folder / f"{name}.so.part", folder / f"{name}.so"
-        command = [compiler, *FLAGS, *flags, str(folder / "kernels.cpp"), "-o", str(made)]
+        command = [compiler, *FLAGS, *SETS[name], str(folder / "kernels.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             made.unlink(missing_ok=True)
             whole.unlink(missing_ok=True)
-            self.app.display_warning(f"trimaran: {compiler} cannot build kernels for {name}:\n{done.stderr[-2000:]}")
-            return
+            return done.stderr[-2000:] or f"exit code {done.returncode}"
         made.replace(whole)
-        build_data["artifacts"].append(str(KERNELS / f"{name}.so"))
+        return ""

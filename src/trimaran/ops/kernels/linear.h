@@ -189,9 +189,11 @@ template <class T, class Out> struct Product {
             int64_t taken = count - first < COLUMNS ? count - first : COLUMNS;
             const uint32_t *part = turned + first * steps();
             int64_t rest = from;
-            if (tiled()) {
-                rest = to - (to - from) % TILE_ROWS;
-                multiplied(first, taken, taken > LANES ? COLUMNS : LANES, part, from, rest);
+            if constexpr (on_unit<T>()) {
+                if (tiled()) {
+                    rest = to - (to - from) % TILE_ROWS;
+                    multiplied(first, taken, taken > LANES ? COLUMNS : LANES, part, from, rest);
+                }
             }
             if (taken > LANES)
                 spread_all<2>(first, taken, part, rest, to);

@@ -95,9 +95,7 @@ static inline void multiply(const bf16 *a, int64_t lda, const uint32_t *b, int64
 }
 #else
 static const bool UNIT = false;
-static inline void multiply(const bf16 *, int64_t, const uint32_t *, int64_t, float *, int64_t, int64_t, int64_t, bool, int64_t = 0) {}
 #endif
-static inline void multiply(const float *, int64_t, const uint32_t *, int64_t, float *, int64_t, int64_t, int64_t, bool, int64_t = 0) {}
 
-// Whether products of this type can be the unit's.
+// Whether products of this type can be the unit's; `multiply` is there for no others.
 template <class T> static constexpr bool on_unit() { return UNIT && sizeof(T) == 2; }

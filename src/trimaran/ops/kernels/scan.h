@@ -45,10 +45,13 @@ static void vector_product(const T *a, int64_t lda, const uint32_t *b, int64_t n
 // What fills the matrix unit's tiles is multiplied there, where there is one: whoever calls has a MatrixUnit.
 template <class T>
 static void product(const T *a, int64_t lda, const uint32_t *b, int64_t n, float *c, int64_t ldc, int64_t m, int64_t k, bool add) {
-    int64_t rows = on_unit<T>() ? m - m % TILE_ROWS : 0, inner = k - k % TILE_INNER;
-    if (!inner) rows = 0;
-    if (rows) multiply(a, lda, b, n, c, ldc, rows, inner, add);
-    if (rows && inner < k) vector_product(a + inner, lda, b + inner / Inner<T>::NUMBERS * n, n, c, ldc, rows, k - inner, true);
+    int64_t rows = 0;
+    if constexpr (on_unit<T>()) {
+        int64_t inner = k - k % TILE_INNER;
+        if (inner) rows = m - m % TILE_ROWS;
+        if (rows) multiply(a, lda, b, n, c, ldc, rows, inner, add);
+        if (rows && inner < k) vector_product(a + inner, lda, b + inner / Inner<T>::NUMBERS * n, n, c, ldc, rows, k - inner, true);
+    }
     if (rows < m) vector_product(a + rows * lda, lda, b, n, c + rows * ldc, ldc, m - rows, k, add);
 }
 
