@@ -153,6 +153,48 @@ def test_memory_that_cannot_be_trusted_ends_the_runner():
     runner.close()
 
 
+class Leaving(dict):
+    """Open streams, each of which leaves just after the engine's thread has asked whether it is there."""
+
+    def __contains__(self, one: object) -> bool:
+        if threading.current_thread().name == "trimaran-engine":
+            return self.pop(one, None) is not None
+        return super().__contains__(one)
+
+
+def test_a_stream_may_leave_at_any_moment(runner):
+    async def leave() -> None:
+        task = asyncio.create_task(runner.generate(Request((1, 2), LONG)))
+        while not runner.engine.jobs:
+            await asyncio.sleep(0.001)
+        runner.open = Leaving(runner.open)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert runner.thread.is_alive()
+
+    asyncio.run(leave())
+    settled(runner)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_leaves_nobody_waiting():
+    runner = Runner(Engine(small("dense", 7)))
+
+    async def die() -> None:
+        task = asyncio.create_task(runner.generate(Request((1, 2), LONG)))
+        while not runner.engine.jobs:
+            await asyncio.sleep(0.001)
+        runner.engine.abort = lambda request: 1 / 0  # what nobody expects to fail
+        runner.inbox.append("some request")
+        with pytest.raises(Busy, match="died"):
+            await asyncio.wait_for(task, 10)
+
+    asyncio.run(die())
+    runner.thread.join(5)
+    assert runner.stalled(1000)
+
+
 def test_the_heart_beats_while_idle_and_stops_with_the_thread(runner):
     before = runner.heartbeat
     time.sleep(0.6)

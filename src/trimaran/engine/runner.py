@@ -133,13 +133,16 @@ class Runner:
     # in the engine's thread
 
     def _work(self) -> None:
-        while not self.closing:
-            orders = self._orders()
-            self._obey(orders)
-            if not self.engine.idle and not self.closing:
-                self._pass()
-            self.heartbeat = time.monotonic()
-        self._fail_all(self.broken or Busy("the engine has been closed", closing=True))
+        try:
+            while not self.closing:
+                orders = self._orders()
+                self._obey(orders)
+                if not self.engine.idle and not self.closing:
+                    self._pass()
+                self.heartbeat = time.monotonic()
+        finally:  # whatever ends the thread, nobody waits for it for ever
+            ended = "the engine has been closed" if self.closing else "the engine's thread has died"
+            self._fail_all(self.broken or Busy(ended, closing=True))
         self._obey(self._orders(wait=False))
 
     def _orders(self, wait: bool = True) -> list[Channel | str]:
@@ -167,12 +170,11 @@ class Runner:
             pieces = self.engine.step()
         except Exception as problem:
             failed = self.engine.recover()
-            self._send([(self.open[one], problem) for one in failed if one in self.open])
+            self._send([(channel, problem) for one in failed if (channel := self.open.get(one))])
             if self.engine.faults():
                 self.broken, self.closing = problem, True
             return
-        open_ = self.open
-        self._send([(open_[piece.request], piece) for piece in pieces if piece.request in open_])
+        self._send([(channel, piece) for piece in pieces if (channel := self.open.get(piece.request))])
 
     def _send(self, parcels: "list[tuple[Channel, Piece | BaseException]]") -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Channel, Piece | BaseException]]] = {}

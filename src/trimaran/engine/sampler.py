@@ -31,7 +31,7 @@ class Sampling(Settings):
     """How one prompt is continued. The defaults follow the model's own law."""
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)  # 0: greedy
-    top_k: int = Field(0, ge=0)  # 0: all
+    top_k: int = Field(0, ge=0, lt=2**31)  # 0: all
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)  # far beyond, logits overflow
