@@ -26,7 +26,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 
-from trimaran.errors import Refusal, nearest_first, writing
+from trimaran.disk import whole
+from trimaran.errors import Refusal, nearest_first
 
 S = TypeVar("S", bound="Settings")
 
@@ -355,16 +356,9 @@ def parse(text: str) -> Any:
 
 def write(settings: Settings, path: str | os.PathLike[str], comment: str = "") -> None:
     """Writes every field to a TOML file, whole or not at all."""
-    path = Path(path)
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(lines + toml(settings), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(lines + toml(settings), encoding="utf-8")
 
 
 def toml(settings: Settings) -> str:

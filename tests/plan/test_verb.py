@@ -199,6 +199,54 @@ def test_sections_are_replaced_and_added():
     assert tomllib.loads(with_section("", "parallel", {"tp": 2})) == {"parallel": {"tp": 2}}
 
 
+def test_a_pipeline_left_behind_leaves_no_micro_batches():
+    text = "[parallel]\npp = 2\nmicro_batches = 8\ntp = 1\n"
+    changed = tomllib.loads(with_section(text, "parallel", {"pp": 1, "micro_batches": None}))
+    assert changed == {"parallel": {"pp": 1, "tp": 1}}
+
+
+SMALL = """
+[model]
+pattern = "M*"
+hidden_size = 64
+vocab_size = 256
+[data]
+sequence_length = 64
+"""
+
+
+@pytest.mark.parametrize(
+    "ours", ["[train]\nbatch_size = 4\nodd = [\n[1],\n]\n", "train = {batch_size = 4}\n[parallel]\ntp = 1\n"]
+)
+def test_a_recipe_that_lines_cannot_be_put_into_is_refused_and_left_alone(capsys, tmp_path, ours):
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out.toml"
+    recipe.write_text(ours + SMALL if ours.startswith("train") else SMALL + ours)
+    code, _, err = run_main(capsys, "plan", str(recipe), "--gpus", "1", "--write", str(out))
+    assert code == 2 and "spells [parallel] or [train] in other ways" in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        ("phases = 3", "data.mixture.phases is int; allowed: a list of tables"),
+        ("phases = [{lengths = [{sequence_length = 'x'}]}]", "sequence_length = 'x'; allowed: a number from 1 on"),
+        ("phases = [{lengths = [4]}]", "a row of data.mixture.lengths is int"),
+    ],
+)
+def test_a_recipe_with_a_malformed_mixture_is_refused(capsys, tmp_path, mixture, said):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"{SMALL}[data.mixture]\n{mixture}\n[train]\nbatch_size = 4\n")
+    code, _, err = run_main(capsys, "plan", str(recipe), "--gpus", "1")
+    assert code == 2 and said in err
+
+
+def test_a_folder_named_as_hardware_is_refused(capsys, tmp_path):
+    (tmp_path / "mine.json").mkdir()
+    code, _, err = run_main(capsys, "plan", "nano-3", "--hardware", str(tmp_path / "mine.json"))
+    assert code == 2 and "cannot be read: is a directory" in err
+
+
 def test_factorings_are_all_there():
     found = [tuple(sizes[name] for name in sorted(sizes)) for sizes in factorings(12)]
     every = {

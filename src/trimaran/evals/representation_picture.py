@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimaran.errors import writing
+from trimaran.disk import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +29,8 @@ def picture(path: Path, document: dict[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     layers.legend(frameon=False, fontsize=8)
     figure.suptitle(document["model"], x=0.02, ha="left", fontsize=11)
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         figure.savefig(temporary, format="png")
-        temporary.replace(path)
 
 
 def by_layer(axes: "Axes", document: dict[str, Any]) -> None:

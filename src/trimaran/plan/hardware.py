@@ -180,6 +180,9 @@ def read(path: Path) -> Hardware:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"no file {str(path)!r}", "a JSON file of --measure", f"write it: --measure {path}") from None
+    except (IsADirectoryError, PermissionError) as problem:
+        found = f"{str(path)!r} cannot be read: {(problem.strerror or str(problem)).lower()}"
+        raise Refusal(found, "a JSON file of --measure", "name another file") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise Refusal(f"{str(path)!r} is no JSON", "a file that --measure wrote", "measure again") from None
     if not isinstance(fields, dict):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimaran.errors import writing
+from trimaran.disk import whole
 from trimaran.plan.show import MEMORY, TIME
 
 if TYPE_CHECKING:
@@ -38,11 +38,8 @@ def picture(path: Path, content: dict[str, Any]) -> None:
     handles, names = right.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower right", **small)
     figure.suptitle(f"{content['model']} on {content['gpus']} x {content['hardware']}", x=0.02, ha="left", fontsize=11)
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         figure.savefig(temporary, format="png")
-        temporary.replace(path)
 
 
 def time_of(row: dict[str, Any]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a command asks for: a model, rows of tokens, devices; read from a preset, a folder or a recipe, and flags."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -69,7 +69,16 @@ def of_recipe(path: Path, overrides: Sequence[str]) -> Source:
 def lengths(data: dict[str, Any]) -> list[int]:
     """The lengths of rows that the phases of a recipe's mixture name."""
     phases = table(data, "mixture").get("phases", [])
-    return [one["sequence_length"] for phase in phases for one in phase.get("lengths", [])]
+    each = [one for phase in rows_in(phases, "phases") for one in rows_in(phase.get("lengths", []), "lengths")]
+    found = [number_of(one.get("sequence_length"), "data.mixture.phases.lengths.sequence_length") for one in each]
+    return [length for length in found if length]
+
+
+def rows_in(value: Any, name: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list):
+        found = f"data.mixture.{name} is {type(value).__name__}"
+        raise Refusal(found, "a list of tables", f"write [[data.mixture.{name}]]")
+    return [settings.as_mapping(one, f"a row of data.mixture.{name}") for one in value]
 
 
 def table(tables: dict[str, Any], name: str) -> dict[str, Any]:

@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimaran.errors import writing
+from trimaran.disk import whole
 from trimaran.report.metrics import Points
 from trimaran.report.terminal import COLOURS, PLAIN, short
 
@@ -193,12 +192,8 @@ def curve_png(
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         figure.savefig(temporary, format="png")
-        temporary.replace(path)
 
 
 def draw(axes: "Axes", name: str, points: Sequence[tuple[float, float]], ink: str) -> None:

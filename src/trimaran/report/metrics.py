@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimaran.disk import whole
 from trimaran.errors import Refusal, writing
 from trimaran.report.terminal import say
 
@@ -28,10 +29,8 @@ class Metrics:
                 records = read_metrics(path) if resume_step else []
                 kept = [record for record in records if record.get("step", 0) <= resume_step]
                 self.last = kept[-1] if kept else {}
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = self.path.with_name(self.path.name + ".tmp")
+            with whole(self.path) as temporary:
                 temporary.write_text("".join(json_line(record) for record in kept), encoding="utf-8")
-                temporary.replace(self.path)
         except Refusal as problem:
             self._complain(problem.found)
 
