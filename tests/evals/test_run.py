@@ -85,6 +85,17 @@ def test_an_interrupted_evaluation_goes_on_and_plays_nothing_twice(engine, tmp_p
     assert score(engine, tasks, SMALL, tmp_path / "cut") == whole, "fewer again: what is asked for counts, no more"
 
 
+@pytest.mark.parametrize("line", [b'{"mode": "samp\n', b"\xff\n", b"[1]\n", b'{"mode": "sampled"}\n'])
+def test_a_damaged_record_is_refused_and_nothing_lost(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    sound = {"mode": "sampled", "number": 0, "sample": 0, "error": None}
+    content = json.dumps(sound).encode() + b"\n" + line
+    path.write_bytes(content)
+    with pytest.raises(Refusal, match=r"line 2 is (damaged|no record).*next: take that line out"):
+        Records(path)
+    assert path.read_bytes() == content
+
+
 def test_failed_episodes_are_told_and_played_again(engine, tmp_path, monkeypatch):
     settings = ScoreSettings(n=3, samples=4, max_tokens=40)
     broken = score(engine, {"sinking": Sinking()}, settings, tmp_path)["sinking"]

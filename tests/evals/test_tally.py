@@ -34,7 +34,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 
 def test_an_interval_of_equal_values():
-    assert mean_interval([0.25]) == (0.25, 0.25)
+    assert mean_interval([0.25]) == pytest.approx((0.25 * 0.025, 0.25 + 0.75 * 0.975))
     for size in (1, 20, 200):
         exact = stats.binomtest(0, size).proportion_ci(0.95, "exact")
         assert mean_interval([0.0] * size) == pytest.approx((0.0, exact.high))

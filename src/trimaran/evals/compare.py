@@ -114,11 +114,7 @@ def pair(task: str, mode: str, a: Sequence[float], b: Sequence[float], seed: int
 
 
 def difference_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of a mean of numbers in -1 to 1. Where all are 0, what was not seen may still differ either way: the
-    bound is the binomial's on the share of problems that do (as in `mean_interval`)."""
-    if not any(differences):
-        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / len(differences))
-        return -unseen, unseen
+    """The interval of a mean of numbers in -1 to 1, as `mean_interval` has it for 0 to 1."""
     low, high = mean_interval([(one + 1) / 2 for one in differences], seed, LEVEL)
     return 2 * low - 1, 2 * high - 1
 

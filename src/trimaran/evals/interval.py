@@ -12,17 +12,15 @@ CHUNK = 1 << 24  # numbers drawn at once
 def mean_interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """The bootstrap's percentile interval of a mean (Efron 1979), `level` of the resampled means in it.
 
-    values: one per independent item; several samples of one prompt are one item, their mean. Means of so many draws
-    with replacement as there are values, RESAMPLED times; the same for the same values and seed. Where all values are
-    0, or all 1, resampling knows nothing of what it has not seen: there the binomial's own bound (Clopper and Pearson
-    1934) stands on the inner side.
+    values: 0 to 1, one per independent item; several samples of one prompt are one item, their mean. Means of so many
+    draws with replacement as there are values, RESAMPLED times; the same for the same values and seed. Where all values
+    are alike, resampling knows nothing of what it has not seen: there the binomial's bound (Clopper and Pearson 1934)
+    says which share of items may yet be otherwise, and all of them could be 0, or 1.
     """
     items_N = np.asarray(values, dtype=np.float64)
-    unseen = ((1 - level) / 2) ** (1 / len(items_N))
-    if (items_N == 0).all():
-        return 0.0, 1 - unseen
-    if (items_N == 1).all():
-        return unseen, 1.0
+    if (items_N == items_N[0]).all():
+        alike, otherwise = float(items_N[0]), 1 - ((1 - level) / 2) ** (1 / len(items_N))
+        return alike * (1 - otherwise), alike + (1 - alike) * otherwise
     generator, size = np.random.default_rng(seed), len(items_N)
     step = max(1, CHUNK // size)
     means = [

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimaran.errors import writing
+from trimaran.errors import Refusal, writing
 from trimaran.evals.endpoint import Answered
 from trimaran.evals.play import Played
 from trimaran.tasks.task import Task
@@ -36,7 +36,7 @@ class Records:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
+            whole = [read(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
             self.known = {key_of(record): record for record in whole if record["error"] is None}
             if len(self.known) < len(lines):
                 partial = path.with_name(path.name + ".partial")
@@ -49,6 +49,17 @@ class Records:
         if self.path is not None:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(line_of(record))
+
+
+def read(line: bytes, place: str) -> dict[str, Any]:
+    """The record of a line, or a refusal that names its place."""
+    try:
+        record = json.loads(line)
+    except ValueError as problem:
+        raise Refusal(f"{place} is damaged: {problem}", "a record per line", "take that line out of the file") from None
+    if not isinstance(record, dict) or not {"mode", "number", "sample", "error"} <= set(record):
+        raise Refusal(f"{place} is no record: {line[:80]!r}", "a record per line", "take that line out of the file")
+    return record
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
