@@ -3,8 +3,9 @@
     python benchmarks/verbs.py runs/demo            # a run folder that `trimaran demo` left
     python benchmarks/verbs.py runs/demo --demo     # and once `trimaran demo` itself, about three minutes
     python benchmarks/verbs.py runs/life --full     # a folder that `trimaran demo --full` left, in one go
+    python benchmarks/verbs.py runs/life --full --save verbs-amx
 
-Writes benchmarks/results/verbs.json; what is not asked for keeps the time the file has.
+Writes benchmarks/results/verbs.json, or NAME.json; what is not asked for keeps the time the file has.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from trimaran.evals.run import RESULTS as SCORES
 from trimaran.report import environment
 from trimaran.train.folder import RESULT
 
-RESULTS = Path(__file__).parent / "results" / "verbs.json"
+RESULTS = Path(__file__).parent / "results"
 REPEAT = 5
 
 
@@ -91,9 +92,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--save", metavar="NAME", default="verbs")
     asked = parser.parse_args()
+    path = RESULTS / f"{asked.save}.json"
     run, trimaran = str(asked.run), [str(Path(sys.executable).with_name("trimaran"))]
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     document = {
         "seconds": {
             "trimaran --help": seconds([*trimaran, "--help"]),
@@ -109,8 +112,8 @@ def main() -> None:
         "full_s": full(asked.run) if asked.full else kept.get("full_s"),
         "made_on": environment(),
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))
 
 
