@@ -118,6 +118,12 @@ def test_split_cuts_a_single_document(text):
     assert "".join(parts[0] + parts[1]) == text and all(part[0] for part in parts)
 
 
+@pytest.mark.parametrize("text", ["title\n" + "x" * 10_000, "x" * 10_000, "line\n" * 2_000])
+def test_a_cut_holds_out_about_what_was_asked_wherever_lines_end(text):
+    _, (away,) = (list(part.texts()) for part in split(Listed([Document("one", text)]), 0.05))
+    assert 0.05 * len(text) - 1 <= len(away) <= 0.1 * len(text)
+
+
 def test_split_refuses_shares_outside_0_1(documents):
     with pytest.raises(Refusal, match="held_out = 1"):
         split(Listed(documents), 1.0)

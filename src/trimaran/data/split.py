@@ -48,7 +48,7 @@ def split(corpus: Documents, held_out: float) -> tuple[Part, Part]:
     """(training part, held-out part): about `held_out` of the documents, at least one, chosen by a hash of the name.
 
     New documents move none of the old ones to the other side, unless there are very few. A single document is cut
-    at a line end instead, and its end is held out.
+    instead, at a line end where one is near, and its end is held out.
     """
     if not 0 < held_out < 1:
         raise Refusal(f"held_out = {held_out}", "a share between 0 and 1", "set data.held_out to 0.05, say")
@@ -76,7 +76,8 @@ def cut(corpus: Documents, held_out: float) -> tuple[Part, Part]:
 
     def border(text: str) -> int:
         wanted = round(len(text) * (1 - held_out))
-        return text.rfind("\n", 0, wanted) + 1 or wanted
+        furthest = max(0, 2 * wanted - len(text))  # no line end is worth more than twice the share
+        return text.rfind("\n", furthest, wanted) + 1 or wanted
 
     def start(one: Document) -> Document:
         return Document(f"{one.name}:start", one.text[: border(one.text)])
